@@ -1,0 +1,93 @@
+"""lrcompile: rewrite a model's linear maps into low-rank adapters, train, fold, quantize, export, and prove each step.
+
+Importing this package imports nothing else; every public name is fetched when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Spec": "specs",
+    "spec": "specs",
+    "methods": "recipes",
+    "apply": "adapting",
+    "remove": "adapting",
+    "disabled": "adapting",
+    "activate": "adapting",
+    "report": "reporting",
+    "Report": "reporting",
+    "optimizer": "optim",
+    "merge": "merging",
+    "unmerge": "merging",
+    "quantize": "quantizing",
+    "save": "checkpoints",
+    "load": "checkpoints",
+    "export": "exporting",
+    "Export": "exporting",
+    "verify": "verification",
+    "Verdict": "verification",
+    "Limits": "verification",
+    "LrcompileError": "errors",
+    "SpecError": "errors",
+    "TargetError": "errors",
+    "AdapterError": "errors",
+    "MergeError": "errors",
+    "ExportError": "errors",
+    "VerificationError": "errors",
+    "MissingDependencyError": "errors",
+}
+_MODULES = ("golden", "kernels", "passes")
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"lrcompile.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"lrcompile.{name}")
+    else:
+        raise AttributeError(f"module 'lrcompile' has no attribute {name!r}; it offers {', '.join(sorted(__all__))}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lrcompile import golden as golden
+    from lrcompile import passes as passes
+    from lrcompile.adapting import activate as activate
+    from lrcompile.adapting import apply as apply
+    from lrcompile.adapting import disabled as disabled
+    from lrcompile.adapting import remove as remove
+    from lrcompile.checkpoints import load as load
+    from lrcompile.checkpoints import save as save
+    from lrcompile.errors import AdapterError as AdapterError
+    from lrcompile.errors import ExportError as ExportError
+    from lrcompile.errors import LrcompileError as LrcompileError
+    from lrcompile.errors import MergeError as MergeError
+    from lrcompile.errors import MissingDependencyError as MissingDependencyError
+    from lrcompile.errors import SpecError as SpecError
+    from lrcompile.errors import TargetError as TargetError
+    from lrcompile.errors import VerificationError as VerificationError
+    from lrcompile.exporting import Export as Export
+    from lrcompile.exporting import export as export
+    from lrcompile.merging import merge as merge
+    from lrcompile.merging import unmerge as unmerge
+    from lrcompile.optim import optimizer as optimizer
+    from lrcompile.quantizing import quantize as quantize
+    from lrcompile.recipes import methods as methods
+    from lrcompile.reporting import Report as Report
+    from lrcompile.reporting import report as report
+    from lrcompile.specs import Spec as Spec
+    from lrcompile.specs import spec as spec
+    from lrcompile.verification import Limits as Limits
+    from lrcompile.verification import Verdict as Verdict
+    from lrcompile.verification import verify as verify
