@@ -1,0 +1,45 @@
+"""Every method by name. Built-in ones are listed here; others join through the entry point group `lrcompile.methods`.
+
+An entry point names a module attribute holding a `Recipe`; a name that is taken already is an error, never an override.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from lrcompile.errors import LrcompileError, SpecError
+from lrcompile.recipes.recipe import Option as Option
+from lrcompile.recipes.recipe import Recipe as Recipe
+
+_BUILT_IN = {"lora": "lrcompile.recipes.lora", "qlora": "lrcompile.recipes.qlora"}
+
+
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group="lrcompile.methods"):
+        if point.name in _BUILT_IN or point.name in found:
+            raise LrcompileError(f"method {point.name!r} of {point.value!r} is defined already; rename the entry point")
+        found[point.name] = point
+    return found
+
+
+def methods() -> tuple[str, ...]:
+    """The names `spec(method)` accepts, sorted."""
+    return tuple(sorted([*_BUILT_IN, *_plugins()]))
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`; `SpecError` naming the nearest ones otherwise."""
+    if name in _BUILT_IN:
+        found = import_module(_BUILT_IN[name]).RECIPE
+    elif isinstance(name, str) and name in _plugins():
+        found = _plugins()[name].load()
+    else:
+        near = difflib.get_close_matches(str(name), methods(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SpecError(f"unknown method {name!r}{hint} Known methods: {', '.join(methods())}", field="method")
+    return found
