@@ -1,0 +1,73 @@
+"""Sites: every use of a weight as a linear map that an adapter could act on, and why some cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lrcompile.sites import attention, embedding, experts, graph, linear, parameter
+from lrcompile.sites.site import Site, Slot
+
+ADAPTERS = "lrcompile_adapters"
+"""Attribute under which a host keeps its adapter sets, by slot."""
+
+KINDS = (graph, attention, experts, linear, embedding, parameter)
+"""First match wins: from the most particular to the most general."""
+
+
+def find(model: nn.Module) -> list[Site]:
+    """Every site of `model` in module order, those that cannot be adapted included (with their `refusal`)."""
+    sites: list[Site] = []
+    aliases = _aliases(model)
+    inside: tuple[str, ...] = ()
+    for host, module in model.named_modules():
+        if ADAPTERS in host.split(".") or host.startswith(inside) and inside:
+            continue
+        for kind in KINDS:
+            slots = kind.slots(module)
+            if slots is None:
+                continue
+            sites += _named(kind.NAME, host, slots, aliases.get(id(module), ()))
+            if kind is graph:
+                inside = (*inside, f"{host}." if host else "")
+            break
+    return sites
+
+
+def _named(kind: str, host: str, slots: list[Slot], aliases: tuple[str, ...]) -> Iterator[Site]:
+    for slot in slots:
+        owner, _, local = slot.name.rpartition(".")
+        base = ".".join(part for part in (host, owner) if part)
+        graph_root = host if kind == "graph" else None
+        names = [_site_name(base, local), *(_site_name(alias, local) for alias in aliases)]
+        yield Site(
+            name=names[0], kind=slot.kind or kind, host=base, slot=local, in_features=slot.in_features, out_features=slot.out_features,
+            copies=slot.copies, transposed=slot.transposed, refusal=slot.refusal, aliases=tuple(names[1:]), graph=graph_root,
+        )  # fmt: skip
+
+
+def _site_name(host: str, slot: str) -> str:
+    if slot == "weight":
+        return host
+    return f"{host}.{slot}" if host else slot
+
+
+def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """The further names of modules registered more than once."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {key: tuple(found[1:]) for key, found in names.items() if len(found) > 1}
+
+
+def host_mixin(site: Site) -> type | None:
+    """What a host's class is swapped for; None where the graph itself is rewritten."""
+    return next(kind for kind in KINDS if kind.NAME == site.kind or site.kind in getattr(kind, "KINDS", ())).HOST
+
+
+def weight_of(model: nn.Module, site: Site) -> torch.Tensor:
+    """A view of the site's weight as `[..., out, in]`, through which it can be written."""
+    weight = getattr(model.get_submodule(site.host), site.slot)
+    return weight.mT if site.transposed else weight

@@ -1,0 +1,7 @@
+"""stub: being written"""
+NAME = "attention"
+HOST = None
+
+
+def slots(module):
+    return None

@@ -1,0 +1,23 @@
+"""An `fx.GraphModule` (symbolically traced, or the module of an exported program): its own nodes are the sites."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from lrcompile.sites.parameter import slot_of
+from lrcompile.sites.site import Slot
+
+NAME = "graph"
+HOST = None
+
+
+def slots(module: nn.Module) -> list[Slot] | None:
+    if not isinstance(module, fx.GraphModule):
+        return None
+    found = []
+    attributes = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name in attributes:
+        if name in parameters and parameters[name].dim() >= 2 and "lrcompile_adapters" not in name.split("."):
+            found.append(slot_of(module.graph, name, parameters[name]))
+    return found

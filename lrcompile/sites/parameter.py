@@ -1,0 +1,164 @@
+"""A module that uses raw parameters of its own as linear maps: its forward is traced, and the traced nodes rewritten.
+
+A trace is one path through Python, so it is made anew for each signature a call can take: which arguments are tensors, the values of
+all others, the module's plain attributes (`training` among them) and the adapters that are live. Submodules are called, not entered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from lrcompile.errors import AdapterError
+from lrcompile.graph_rule import insert_adapters
+from lrcompile.hosting import Host, original_class
+from lrcompile.sites.site import Slot
+from lrcompile.weight_uses import NotALinearMap, uses_of
+
+NAME = "parameter"
+
+_TRACED: WeakKeyDictionary[nn.Module, dict[Any, Callable]] = WeakKeyDictionary()
+
+
+class AdaptedParameters(Host):
+    """Runs the base's forward as traced for this call's signature, with its live adapters inserted."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cls = type(self)._lrcompile_original
+        if not any(adapters.live() for adapters in self.lrcompile_adapters.values()):  # type: ignore[attr-defined]
+            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
+        module: nn.Module = self  # type: ignore[assignment]
+        key = (tuple(tensors), tuple(constants.items()), _plain_attributes(module), _live(module))
+        cache = _TRACED.setdefault(module, {})
+        if key not in cache:
+            cache[key] = _compiled(module, constants)
+        return cache[key](self, **tensors)
+
+
+HOST = AdaptedParameters
+
+
+def slots(module: nn.Module) -> list[Slot] | None:
+    """The raw matrices of `module`, each a site or a refusal; None when it has none, or belongs to torch itself."""
+    own = {name: p for name, p in module._parameters.items() if p is not None and p.dim() >= 2 and p.is_floating_point()}
+    if not own:
+        return None
+    cls = original_class(module)
+    if cls.__module__.startswith("torch.nn.modules."):
+        return [Slot(name, refusal=f"{cls.__name__} does not use it as a linear map that can be rewritten") for name in own]
+    try:
+        graph = _trace(module, _default_constants(cls))
+    except Exception as error:  # noqa: BLE001 (tracing runs the user's forward on proxies: whatever it raises is the reason)
+        reason = f"{cls.__name__}.forward cannot be traced ({_first_line(error)}), so what it does with this weight is unknown"
+        return [Slot(name, refusal=reason) for name in own]
+    return [slot_of(graph, name, weight) for name, weight in own.items()]
+
+
+def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
+    """What `graph` does with the attribute `name`, as a slot."""
+    try:
+        uses = uses_of(graph, name)
+    except NotALinearMap as error:
+        return Slot(name, refusal=error.reason)
+    if not uses:
+        return Slot(name, refusal="the forward never uses it")
+    transposed = uses[0].transposed
+    if weight.dim() not in (2, 3):
+        return Slot(name, refusal=f"it has {weight.dim()} dimensions; a linear map has 2, a stack of them 3")
+    if weight.dim() == 3 and uses[0].form == "product" and any(u.node.target is torch.nn.functional.linear for u in uses):
+        return Slot(name, refusal="a stack of maps cannot be the weight of F.linear")
+    rows, columns = weight.shape[-2:]
+    copies = weight.shape[0] if weight.dim() == 3 else None
+    return Slot(name, rows if transposed else columns, columns if transposed else rows, copies, transposed)
+
+
+class _Shallow(fx.Tracer):
+    """Enters the root's own code only: what submodules do is theirs."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _trace(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
+    """Trace the original forward of `module`, whatever class it has now."""
+    hosted = type(module)
+    module.__class__ = original_class(module)
+    try:
+        return _Shallow().trace(module, constants)
+    finally:
+        module.__class__ = hosted
+
+
+def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call's arguments as tensors and plain constants; anything else would be frozen into the trace, so it is refused."""
+    bound.apply_defaults()
+    tensors: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        variadic = bound.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if variadic and not value:
+            continue
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif not variadic and (value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))):
+            constants[name] = value
+        else:
+            raise AdapterError(
+                f"{cls.__name__}.forward was given {name}={type(value).__name__}; while its raw parameters are adapted it takes tensors,"
+                " numbers, strings and None only"
+            )
+    return tensors, constants
+
+
+def _compiled(module: nn.Module, constants: dict[str, Any]) -> Callable:
+    cls = original_class(module)
+    try:
+        graph = _trace(module, constants)
+        insert_adapters(graph, module)
+    except NotALinearMap as error:
+        raise AdapterError(f"called this way, {cls.__name__} uses an adapted weight as no linear map: {error.reason}") from error
+    except Exception as error:
+        raise AdapterError(
+            f"{cls.__name__}.forward cannot be traced for this call ({_first_line(error)}); its raw parameters cannot be adapted"
+        ) from error
+    _drop_constants(graph, set(constants))
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<lrcompile: {cls.__name__}.forward>", "exec"), scope)
+    return scope["forward"]
+
+
+def _drop_constants(graph: fx.Graph, names: set[str]) -> None:
+    """Constants are in the traced code already: take out their placeholders and the assertions fx puts on them."""
+    doomed = {n for n in graph.nodes if n.op == "placeholder" and str(n.target).rsplit("_", 1)[0] in names}
+    for node in graph.nodes:
+        if any(given in doomed for given in node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(graph.nodes):
+        if node in doomed:
+            graph.erase_node(node)
+
+
+def _default_constants(cls: type[nn.Module]) -> dict[str, Any]:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _plain_attributes(module: nn.Module) -> Any:
+    kinds = (int, float, str, bool, type(None))
+    return tuple((k, v) for k, v in vars(module).items() if isinstance(v, kinds))
+
+
+def _live(module: nn.Module) -> Any:
+    sets = module._modules["lrcompile_adapters"]
+    return tuple((slot, () if s.merged else s.active) for slot, s in sets._modules.items())  # type: ignore[union-attr]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

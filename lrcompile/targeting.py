@@ -1,0 +1,102 @@
+"""Which sites a spec means: PEFT's matching rules plus strictness, every entry must hit."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from lrcompile.errors import TargetError
+from lrcompile.specs import pattern_hits
+
+ALL_LINEAR = "all-linear"
+
+
+def select(names: Sequence[str], targets: str | Sequence[str], exclude: str | Sequence[str] = (), *, field: str = "targets") -> list[str]:
+    """The names that `targets` means and `exclude` does not, in order.
+
+    A list matches whole names or suffixes at a dot, a string is a regular expression for whole names. Raises `TargetError` naming
+    every entry that hits nothing, with the nearest names there are.
+    """
+    kept = [name for name in names if hits(targets, name)]
+    dropped = {name for name in names if hits(exclude, name)}
+    require_hits(names, targets, field)
+    require_hits(names, exclude, "exclude")
+    return [name for name in kept if name not in dropped]
+
+
+def hits(entries: str | Sequence[str], name: str) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def require_hits(names: Iterable[str], entries: str | Sequence[str], field: str) -> None:
+    """Raise `TargetError` unless every entry hits one of `names`."""
+    names = list(names)
+    if isinstance(entries, str):
+        if not any(hits(entries, name) for name in names):
+            raise TargetError(f"{field}={entries!r} as a regular expression matches no whole name among: {_sample(names)}", field=field)
+        return
+    missed = [entry for entry in entries if not any(hits((entry,), name) for name in names)]
+    if missed:
+        tails = sorted({name.rpartition(".")[2] for name in names} | set(names))
+        hints = [f"{entry!r}{_near(entry, tails)}" for entry in missed]
+        raise TargetError(f"{field}: no name ends in {', '.join(hints)}. There are: {_sample(names)}", field=field)
+
+
+def require_patterns(names: Iterable[str], patterns: Mapping[str, object], field: str) -> None:
+    """Raise `TargetError` unless every key of a rank or alpha pattern hits one of the adapted names."""
+    names = list(names)
+    missed = [key for key in patterns if not any(pattern_hits(key, name) for name in names)]
+    if missed:
+        raise TargetError(f"{field}: {', '.join(map(repr, missed))} hits none of the adapted sites: {_sample(names)}", field=field)
+
+
+def in_layers(name: str, layers: Sequence[int] | None) -> bool:
+    """PEFT's `layers_to_transform`: the last number between dots in the name is one of `layers`."""
+    if layers is None:
+        return True
+    found = re.match(r".*\.[^.]*\.(\d+)\.", f"..{name}.")
+    return found is not None and int(found.group(1)) in layers
+
+
+def output_heads(model: nn.Module) -> dict[str, str]:
+    """Names of the linear maps that make the output, with the reason: what "all-linear" leaves alone.
+
+    That is `get_output_embeddings()`, and for a `transformers` model with a task head all that lies outside its base model.
+    """
+    heads: dict[str, str] = {}
+    inner = getattr(model, "base_model", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    if isinstance(inner, nn.Module) and inner is not model and prefix and getattr(model, prefix, None) is inner:
+        for name, _ in model.named_modules():
+            if name and name != prefix and not name.startswith(f"{prefix}."):
+                heads[name] = "output head: outside the base model"
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    if isinstance(output, nn.Module):
+        for name, module in model.named_modules():
+            if module is output:
+                heads[name] = "output head"
+    return heads
+
+
+def is_router(model: nn.Module, host: str) -> bool:
+    """A mixture's router: named gate or router beside (or over) a child called experts, or of a class called so."""
+    parent, _, own = host.rpartition(".")
+    cls = type(model.get_submodule(host)).__name__.lower()
+    beside = parent in dict(model.named_modules()) and any("experts" in child for child, _ in model.get_submodule(parent).named_children())
+    return (beside and own in ("gate", "router", "wg")) or cls.endswith(("router", "topkgate"))
+
+
+def _near(entry: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(entry, names, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _sample(names: Sequence[str]) -> str:
+    shapes = list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name in names))
+    return ", ".join(shapes[:12]) + (f", … ({len(shapes)} in all)" if len(shapes) > 12 else "") if shapes else "(none)"
