@@ -1,0 +1,43 @@
+"""Every test starts from the same seeds, on one thread, offline, and leaves torch's global switches alone."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, tokenizers and huggingface_hub are imported: each reads its variable once.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # sums add up in one order, and parallel workers do not fight for the cores
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Seed every generator; afterwards refuse a switch left on, which would make later tests depend on the order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = {name: get() for name, (get, _) in SWITCHES.items()}
+    yield
+    left = {name: get() for name, (get, _) in SWITCHES.items() if get() != before[name]}
+    for name in left:
+        _, put = SWITCHES[name]
+        put(before[name])
+    assert not left, f"this test left global state changed: {left}"
