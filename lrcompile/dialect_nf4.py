@@ -1,0 +1,143 @@
+"""`lrcompile::nf4_linear`, the one opaque op of the dialect: y = x·dq(W)ᵀ + b with W kept as NF4 codes.
+
+Plain autograd would keep the dequantized weight alive until the backward pass and lose QLoRA's memory. So the op is opaque to
+autograd and to AOT's partitioner, saves nothing but the codes, and dequantizes again: δx = δy·dq(W) is the same op with its two
+features exchanged and the other storage order, which also makes it differentiable to any order. Lowerings replace it by
+`nf4_linear_aten`; it must not be written into a file, since a fresh process could not load it.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompile.dialect import LIBRARY
+from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, Tables, nf4_shapes, tables
+from lrcompile.kernels.nf4_linear import nf4_linear as reference
+
+LIBRARY.define(
+    "nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
+    "int out_features, int in_features, int block_size, bool transposed, ScalarType compute_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_tables = cache(tables)
+"""Only eager kernels may use these: they run on real tensors, where a graph being traced holds fake ones."""
+
+
+def _checked(
+    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    bias: Tensor | None, out_features: int, in_features: int, block_size: int,
+) -> Nf4:  # fmt: skip
+    """The same refusals from the kernel and from its fake: out-of-range codes would otherwise be read past their end."""
+    n_codes, n_blocks, n_scales = nf4_shapes(out_features * in_features, block_size)
+    torch._check(block_size in BLOCK_SIZES, lambda: f"nf4_linear: block_size is {block_size}, expected one of {BLOCK_SIZES}")
+    torch._check(x.is_floating_point(), lambda: f"nf4_linear: x is {x.dtype}, expected a floating dtype")
+    torch._check(x.dim() > 0, lambda: "nf4_linear: x is 0-d, expected [..., in_features]")
+    torch._check(
+        x.shape[-1] == in_features, lambda: f"nf4_linear: x is {tuple(x.shape)}, expected [..., {in_features}] (in_features)"
+    )
+    held = [("codes", codes, (n_codes,), torch.uint8)]
+    if absmax_scale is None or absmax_offset is None:
+        torch._check(
+            absmax_scale is None and absmax_offset is None,
+            lambda: "nf4_linear: absmax_scale and absmax_offset come together (double quantization) or not at all",
+        )
+        held += [("absmax", absmax, (n_blocks,), torch.float32)]
+    else:
+        held += [
+            ("absmax", absmax, (n_blocks,), torch.uint8),
+            ("absmax_scale", absmax_scale, (n_scales,), torch.float32),
+            ("absmax_offset", absmax_offset, (), torch.float32),
+        ]
+    for name, tensor, shape, dtype in held:
+        torch._check(
+            tuple(tensor.shape) == shape and tensor.dtype == dtype,
+            lambda name=name, tensor=tensor, shape=shape, dtype=dtype: (  # type: ignore[misc]
+                f"nf4_linear: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape} for a weight of "
+                f"{out_features} x {in_features} in blocks of {block_size}"
+            ),
+        )
+    torch._check(
+        bias is None or bias.shape == (out_features,),
+        lambda: f"nf4_linear: bias is {tuple(bias.shape) if bias is not None else None}, expected ({out_features},)",
+    )
+    return Nf4(codes, absmax, absmax_scale, absmax_offset)
+
+
+def nf4_linear_aten(
+    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
+    compute_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The op spelled in torch's own, to lower it by: same arguments, same numbers, traceable and differentiable."""
+    nf4 = _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
+    return reference(x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, chunk=None)
+
+
+@torch.library.impl(LIBRARY, "nf4_linear", "CompositeExplicitAutograd")
+def _kernel(
+    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
+    compute_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    nf4 = _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
+    constants: Tables | None = None if x.is_meta else _tables(codes.device)
+    return reference(
+        x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, constants=constants
+    )  # fmt: skip
+
+
+@torch.library.register_fake("lrcompile::nf4_linear", lib=LIBRARY)
+def _fake(
+    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
+    compute_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, absmax, absmax_scale, absmax_offset, bias, *ctx.layout = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(codes, absmax, absmax_scale, absmax_offset)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """δx = δy·dq(W);  δb = Σ δy over every leading dimension."""
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        out_features, in_features, block_size, transposed, compute_dtype = ctx.layout
+        dx = torch.ops.lrcompile.nf4_linear(
+            dy, *ctx.saved_tensors, None, in_features, out_features, block_size, not transposed, compute_dtype
+        )
+    if ctx.needs_input_grad[5]:
+        summed = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.promote_types(dy.dtype, ctx.bias_dtype))
+        db = (dy if dy.dim() == 1 else summed).to(ctx.bias_dtype)
+    return dx, None, None, None, None, db, None, None, None, None, None
+
+
+torch.library.register_autograd("lrcompile::nf4_linear", _backward, setup_context=_save, lib=LIBRARY)
+
+
+def _autocast(device_type: str, x: Tensor, *rest: Any) -> Tensor:
+    """Under autocast a linear map computes, and answers, in autocast's dtype; float64 is left alone, as autocast does."""
+    *args, compute_dtype = rest
+    if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(device_type)
+        x = x.to(lower)
+        compute_dtype = lower if compute_dtype != torch.float64 else compute_dtype
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])):
+        return torch.ops.lrcompile.nf4_linear(x, *args, compute_dtype)
+
+
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+for _device_type, _key in _AUTOCAST_KEYS.items():
+    LIBRARY.impl("nf4_linear", partial(_autocast, _device_type), _key.name)
+
+DECOMPOSITIONS = {torch.ops.lrcompile.nf4_linear.default: nf4_linear_aten}
+"""For `ExportedProgram.run_decompositions`: what lowers the op when a graph leaves this process."""
