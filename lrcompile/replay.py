@@ -1,0 +1,128 @@
+"""How far rounding may carry a model's outputs: D = max over seeds of |replay − y64|.
+
+In a replay of the float64 reference every linear map's output receives a random-sign `u·(|x||W|)`, the bound of its own rounding with
+unit roundoff u. What arrives at the outputs is what a correct implementation in that precision may deviate by, with the model's own
+amplification and cancellation in it: no tolerance has to be guessed. Fused attention counts as its two products.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SEEDS = (0, 1, 2, 3)
+
+_ATEN = torch.ops.aten
+# Multilinear with non-negative constants: the same operator on absolute values is the magnitude |x||W| (+ |b|).
+_LINEAR = frozenset(
+    {
+        _ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot, _ATEN.vdot, _ATEN.addmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN.addmv, _ATEN.addr,
+        _ATEN.linear, _ATEN.convolution, _ATEN._grouped_mm, _ATEN._trilinear,
+    }
+)  # fmt: skip
+_NF4 = "lrcompile::nf4_linear"
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """u: the largest relative error of rounding to `dtype` (2⁻²⁴ for float32, 2⁻⁸ for bfloat16)."""
+    return torch.finfo(dtype).eps / 2
+
+
+def working_dtype(model: nn.Module, inputs: Any = None) -> torch.dtype:
+    """The floating type that holds most of the model's parameters; of a model without any, its inputs' or torch's default.
+
+    The majority, not the coarsest: a single half-precision table in a float32 model must not loosen every bound by 8192.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for tensor in (*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)):
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+        elif isinstance(tensor, Tensor) and tensor.is_floating_point():
+            counts.setdefault(tensor.dtype, 0)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
+
+
+class _Perturb(TorchDispatchMode):
+    def __init__(self, roundoff: float, seed: int):
+        super().__init__()
+        self.roundoff = roundoff
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._schema.name == _NF4:
+            roundoff, magnitude = _nf4_magnitude(self.roundoff, func, args, kwargs)
+        elif (
+            func.overloadpacket in _LINEAR and isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex())
+        ):
+            roundoff, magnitude = self.roundoff, func(*_absolute(args), **_absolute(kwargs))
+        else:
+            return out
+        return out + (roundoff * magnitude) * self._signs(magnitude)
+
+    def _signs(self, like: Tensor) -> Tensor:
+        if like.device not in self.generators:
+            self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+        bits = torch.randint(0, 2, like.shape, generator=self.generators[like.device], device=like.device)
+        return (bits * 2 - 1).to(like.dtype)
+
+
+def _absolute(values: Any) -> Any:
+    def magnitude(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.abs() if leaf.is_floating_point() or leaf.is_complex() else leaf
+        return abs(leaf) if type(leaf) in (int, float) else leaf  # not bool: a flag stays a flag
+
+    return tree_map(magnitude, values)
+
+
+def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> tuple[float, Tensor]:
+    """|x|·|Ŵ|ᵀ + |b|, Ŵ read off the operator itself by feeding it the identity; rounds like the coarser of model and compute type."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x, bias = given["x"], given["bias"]
+    identity = torch.eye(given["in_features"], dtype=torch.float64, device=x.device)
+    weight = func(**{**given, "x": identity, "bias": None})
+    magnitude = x.abs().to(torch.float64) @ weight.abs()
+    if bias is not None:
+        magnitude = magnitude + bias.abs()
+    return max(roundoff, unit_roundoff(given["compute_dtype"])), magnitude
+
+
+@contextmanager
+def perturbed(roundoff: float, seed: int) -> Iterator[None]:
+    """Inside `float64_mode`: every linear map's output moves by ±roundoff times its magnitude, signs drawn from `seed`."""
+    with _Perturb(roundoff, seed):
+        yield
+
+
+class Deviation:
+    """Accumulates D for one tensor over seeds; `.bound` is never under u·max|y|, one correct rounding of the result itself."""
+
+    def __init__(self, exact: Tensor, roundoff: float):
+        self.exact = exact
+        finite = exact[torch.isfinite(exact)]
+        self.bound = roundoff * float(finite.abs().max()) if finite.numel() else 0.0
+
+    def update(self, replayed: Tensor) -> None:
+        difference = (replayed - self.exact).abs()
+        difference = difference[torch.isfinite(difference)]
+        if difference.numel():
+            self.bound = max(self.bound, float(difference.max()))
+
+    def ratio(self, error: float) -> float:
+        """r = error / D; an error where no rounding can occur is infinitely too large."""
+        if error == 0.0:
+            return 0.0
+        return error / self.bound if self.bound > 0.0 else math.inf

@@ -1,0 +1,111 @@
+"""Run a candidate: module, graph, exported program, `.onnx` or `.pt2`; one interface, flat named tensors out."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import VerificationError
+from lrcompile.outputs import Inputs, call, copied, named_outputs
+
+
+class Runner(Protocol):
+    """What verification needs of a candidate: a label, the settings it runs under, and its outputs."""
+
+    label: str
+
+    @property
+    def session(self) -> dict[str, Any]: ...
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]: ...
+
+
+class ModuleRunner:
+    """A module or graph, run without gradients and with every part in evaluation mode, flags restored afterwards."""
+
+    def __init__(self, module: nn.Module, label: str | None = None):
+        self.module = module
+        self.label = label or type(getattr(module, "_orig_mod", module)).__name__
+
+    @property
+    def session(self) -> dict[str, Any]:
+        return {"runtime": "torch", "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        with evaluating(self.module), torch.no_grad():
+            return named_outputs(call(self.module, copied(inputs)))
+
+
+class PackageRunner:
+    """An AOTInductor package. Its content is machine code: verify only packages you would also run."""
+
+    def __init__(self, path: Path):
+        names = _archive_names(path)
+        if not any("/data/aotinductor/" in f"/{name}" for name in names):
+            raise VerificationError(
+                f"{path} is not an AOTInductor package; if torch.export.save wrote it, load it with torch.export.load and give the program"
+            )
+        self.label = path.name
+        self._model = torch._inductor.aoti_load_package(str(path))
+
+    @property
+    def session(self) -> dict[str, Any]:
+        return {
+            "runtime": "aotinductor",
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return named_outputs(call(self._model, copied(inputs)))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule's `training` flag off, then as it was. The flag itself, since an exported module forbids `.eval()`."""
+    before = [(part, part.training) for part in module.modules()]
+    for part, _ in before:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def runner(candidate: Any, *, session: Mapping[str, Any] | None = None) -> Runner:
+    """The runner for a candidate; `session` holds ONNX Runtime settings its manifest asks for."""
+    if isinstance(candidate, torch.export.ExportedProgram):
+        return ModuleRunner(candidate.module(), "ExportedProgram")
+    if isinstance(candidate, nn.Module):
+        return ModuleRunner(candidate)
+    if isinstance(candidate, str | os.PathLike):
+        path = Path(candidate)
+        if not path.is_file():
+            raise VerificationError(f"there is no file {path}")
+        if path.suffix == ".onnx":
+            from lrcompile.interop.onnxruntime import OnnxRunner
+
+            return OnnxRunner(path, session or {})
+        if path.suffix == ".pt2":
+            return PackageRunner(path)
+        raise VerificationError(f"{path} has suffix {path.suffix!r}; a candidate file ends in .onnx or .pt2")
+    raise VerificationError(
+        f"a candidate is a module, an fx graph module, an exported program or a path to .onnx or .pt2, not {type(candidate).__name__}"
+    )
+
+
+def _archive_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise VerificationError(f"{path} is not a .pt2 archive ({error}); it may be truncated") from error

@@ -1,0 +1,40 @@
+"""JSON from outside: bounded in size, each key once, an object at the top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lrcompile.errors import VerificationError
+
+_MAX_BYTES = 16 << 20
+
+
+def read_object(path: Path, *, schema: int | None = None) -> dict[str, Any]:
+    """The object in `path`; with `schema`, only of that version."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise VerificationError(f"{path} is larger than {_MAX_BYTES} bytes; no manifest is")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_finite)
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise VerificationError(f"{path} holds a {type(data).__name__}, an object was expected")
+    if schema is not None and (type(data.get("schema")) is not int or data["schema"] != schema):
+        raise VerificationError(f"{path} has schema {data.get('schema')!r}; this version reads schema {schema}")
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
+    return data
+
+
+def _finite(text: str) -> float:
+    raise ValueError(f"{text} is not a number in JSON")
