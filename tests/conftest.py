@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-
 SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "gradients enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
