@@ -79,12 +79,12 @@ class LoraAdapter(nn.Module):
 
 
 class AdapterSet(nn.Module):
-    """The adapters of one weight by name. `active` are the ones that act now, in order; a merged set acts through the weight."""
+    """The adapters of one weight by name. `active` ones act now, in order; `merged` ones act through the weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
-        self.merged = False
+        self.merged: tuple[str, ...] = ()
 
     def attach(self, name: str, adapter: nn.Module) -> None:
         if name in self._modules:
@@ -109,4 +109,7 @@ class AdapterSet(nn.Module):
 
     def live(self) -> list[Any]:
         """The adapters a forward applies, in order."""
-        return [] if self.merged else [self._modules[name] for name in self.active]
+        return [self._modules[name] for name in self.live_names()]
+
+    def live_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active if name not in self.merged) if self.merged else self.active

@@ -30,7 +30,7 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
         if sets is None or slot not in sets._modules:
             continue
         for use in uses_of(graph, str(target)):
-            for name in [] if sets[slot].merged else sets[slot].active:  # type: ignore[index]
+            for name in sets[slot].live_names():  # type: ignore[index,operator]
                 path = ".".join(part for part in (owner, "lrcompile_adapters", slot, name) if part)
                 use = _insert(graph, use, path, root.get_submodule(path))
                 count += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lrcompile.hosting import Host
 from lrcompile.sites import attention, embedding, experts, graph, linear, parameter
 from lrcompile.sites.site import Site, Slot
 
@@ -44,7 +45,8 @@ def _named(kind: str, host: str, slots: list[Slot], aliases: tuple[str, ...]) ->
         names = [_site_name(base, local), *(_site_name(alias, local) for alias in aliases)]
         yield Site(
             name=names[0], kind=slot.kind or kind, host=base, slot=local, in_features=slot.in_features, out_features=slot.out_features,
-            copies=slot.copies, transposed=slot.transposed, refusal=slot.refusal, aliases=tuple(names[1:]), graph=graph_root,
+            copies=slot.copies, transposed=slot.transposed, refusal=slot.refusal, aliases=tuple(names[1:]),
+            form=slot.form, graph=graph_root,
         )  # fmt: skip
 
 
@@ -62,9 +64,9 @@ def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return {key: tuple(found[1:]) for key, found in names.items() if len(found) > 1}
 
 
-def host_mixin(site: Site) -> type | None:
+def host_mixin(site: Site) -> type[Host] | None:
     """What a host's class is swapped for; None where the graph itself is rewritten."""
-    return next(kind for kind in KINDS if kind.NAME == site.kind or site.kind in getattr(kind, "KINDS", ())).HOST
+    return next(kind for kind in KINDS if site.kind in getattr(kind, "KINDS", (kind.NAME,))).HOST
 
 
 def weight_of(model: nn.Module, site: Site) -> torch.Tensor:

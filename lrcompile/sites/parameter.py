@@ -75,7 +75,7 @@ def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
         return Slot(name, refusal="a stack of maps cannot be the weight of F.linear")
     rows, columns = weight.shape[-2:]
     copies = weight.shape[0] if weight.dim() == 3 else None
-    return Slot(name, rows if transposed else columns, columns if transposed else rows, copies, transposed)
+    return Slot(name, rows if transposed else columns, columns if transposed else rows, copies, transposed, form=uses[0].form)
 
 
 class _Shallow(fx.Tracer):
@@ -157,7 +157,7 @@ def _plain_attributes(module: nn.Module) -> Any:
 
 def _live(module: nn.Module) -> Any:
     sets = module._modules["lrcompile_adapters"]
-    return tuple((slot, () if s.merged else s.active) for slot, s in sets._modules.items())  # type: ignore[union-attr]
+    return tuple((slot, adapters.live_names()) for slot, adapters in sets._modules.items())  # type: ignore[union-attr,operator]
 
 
 def _first_line(error: BaseException) -> str:

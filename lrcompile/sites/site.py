@@ -19,6 +19,8 @@ class Slot:
     """Why no adapter can act here."""
     kind: str | None = None
     """The kind of site where it is not that of the host."""
+    form: str = "product"
+    """`product` with an input, or `lookup` of rows by index."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Site:
     transposed: bool = False
     refusal: str | None = None
     aliases: tuple[str, ...] = ()
+    form: str = "product"
     graph: str | None = None
     """Qualified name of the `fx.GraphModule` whose nodes use the weight, if one does."""
 

@@ -1,0 +1,92 @@
+"""What lrcompile knows of a model it has adapted: plain data beside the model, by qualified names, so that copies stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lrcompile.adapters import AdapterSet
+from lrcompile.errors import AdapterError
+from lrcompile.hosting import Host
+from lrcompile.sites import ADAPTERS
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+from lrcompile.trained import Trained
+
+_ATTRIBUTE = "_lrcompile"
+
+
+@dataclass
+class Fold:
+    """One weight that holds a merged update: what it held before, and whose parameter it shared."""
+
+    original: Tensor
+    tied_to: str | None = None
+
+
+@dataclass
+class State:
+    specs: dict[str, Spec] = field(default_factory=dict)
+    sites: dict[str, tuple[Site, ...]] = field(default_factory=dict)
+    """By adapter name."""
+    spared: dict[str, tuple[tuple[Site, str], ...]] = field(default_factory=dict)
+    """By adapter name: sites left alone, and why."""
+    active: dict[str, float] = field(default_factory=dict)
+    training: tuple[str, ...] = ()
+    flags: dict[str, bool] = field(default_factory=dict)
+    """`requires_grad` of every base parameter before the first `apply`."""
+    swapped: dict[str, type[Host]] = field(default_factory=dict)
+    """Modules whose class is swapped, and for what."""
+    trained: Trained = field(default_factory=Trained)
+    folds: dict[str, Fold] = field(default_factory=dict)
+    """By site name, while merged."""
+    merged: tuple[str, ...] = ()
+    untied_config: bool = False
+    dead: tuple[str, ...] | None = None
+    """Tensors no gradient reached; None as long as nobody looked."""
+    notes: list[str] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of `model`, or an `AdapterError` saying that it has none."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        inner = [name for name, module in model.named_modules() if _ATTRIBUTE in module.__dict__]
+        hint = f"; its submodule {inner[0]!r} has one: pass that" if inner else "; call lrcompile.apply or lrcompile.load first"
+        raise AdapterError(f"this {type(model).__name__} has no adapter{hint}")
+    return found
+
+
+def has_state(model: nn.Module) -> bool:
+    return _ATTRIBUTE in model.__dict__
+
+
+def set_state(model: nn.Module, state: State | None) -> None:
+    if state is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = state
+
+
+def adapter_set(model: nn.Module, site: Site) -> AdapterSet:
+    return getattr(model.get_submodule(site.host), ADAPTERS)[site.slot]
+
+
+def all_sites(state: State) -> list[Site]:
+    """Every adapted site once, in the order the adapters were added."""
+    return list({site.name: site for sites in state.sites.values() for site in sites}.values())
+
+
+def adapter_tensors(model: nn.Module, state: State, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The factors of the adapter `name` with their qualified names."""
+    for site in state.sites[name]:
+        prefix = ".".join(part for part in (site.host, ADAPTERS, site.slot, name) if part)
+        for local, tensor in adapter_set(model, site)[name].named_parameters():
+            yield f"{prefix}.{local}", tensor
+
+
+def require_name(state: State, name: str) -> None:
+    if name not in state.specs:
+        raise AdapterError(f"there is no adapter {name!r}; there are: {', '.join(map(repr, state.specs))}")

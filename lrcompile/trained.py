@@ -1,0 +1,76 @@
+"""Base parameters that an adapter trains in full (`train_modules`, biases): every adapter has its own values, the base keeps its bits.
+
+The parameter object never changes, only the storage it points at, so optimizers and names stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import AdapterError
+
+
+@dataclass
+class Trained:
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By adapter and parameter: its value, stale while `in_place` says that the parameter itself holds it."""
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """The base's bits of each parameter whose place an adapter's value has taken."""
+    in_place: dict[str, str] = field(default_factory=dict)
+    """Parameter → the adapter whose value it holds."""
+
+    def names_of(self, adapter: str) -> tuple[str, ...]:
+        return tuple(self.values.get(adapter, ()))
+
+    def add(self, model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+        """Let `adapter` have its own values of these parameters, starting from the base's."""
+        chosen = {name: self._base_value(model, name).detach().clone() for name in names}
+        if chosen:
+            self.values[adapter] = chosen
+
+    def drop(self, model: nn.Module, adapter: str) -> None:
+        self.show(model, [other for other in dict.fromkeys(self.in_place.values()) if other != adapter])
+        self.values.pop(adapter, None)
+
+    def show(self, model: nn.Module, adapters: Iterable[str]) -> None:
+        """Put the values of these adapters in place, the base's bits everywhere else."""
+        wanted: dict[str, str] = {}
+        for adapter in adapters:
+            for name in self.names_of(adapter):
+                if name in wanted:
+                    raise AdapterError(
+                        f"adapters {wanted[name]!r} and {adapter!r} both train {name!r} in full, so they cannot be active together"
+                    )
+                wanted[name] = adapter
+        for name in [name for name, adapter in self.in_place.items() if wanted.get(name) != adapter]:
+            parameter = model.get_parameter(name)
+            self.values[self.in_place.pop(name)][name] = parameter.data
+            _point(parameter, self.base.pop(name))
+        for name, adapter in wanted.items():
+            if name not in self.in_place:
+                parameter = model.get_parameter(name)
+                self.base[name], self.in_place[name] = parameter.data, adapter
+                _point(parameter, self.values[adapter][name])
+
+    def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
+        """The current value of a parameter in this adapter, wherever it lies."""
+        return model.get_parameter(name).data if self.in_place.get(name) == adapter else self.values[adapter][name]
+
+    def write(self, model: nn.Module, adapter: str, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.value(model, adapter, name).copy_(value)
+
+    def forget(self) -> None:
+        """Make what is in place the only value there is."""
+        self.values, self.base, self.in_place = {}, {}, {}
+
+    def _base_value(self, model: nn.Module, name: str) -> Tensor:
+        return self.base.get(name, model.get_parameter(name).data)
+
+
+def _point(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.data = value.to(device=parameter.device, dtype=parameter.dtype)

@@ -1,0 +1,40 @@
+"""Models that are wrapped already: rewriting below a wrapper would silently miss what the wrapper holds."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from lrcompile.errors import AdapterError
+
+
+def refuse_wrapped(model: nn.Module, doing: str) -> None:
+    """Raise `AdapterError` with the right order of calls if `model`, or anything in it, is wrapped or sharded."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{doing} takes a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if wrapper := _wrapper(module):
+            raise AdapterError(
+                f"{name or 'the model'} is wrapped by {wrapper}; {doing} the plain model first and wrap it afterwards"
+                " (apply, then DistributedDataParallel, fully_shard or torch.compile)"
+            )
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is not None:
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, tensor.DTensor):
+                raise AdapterError(f"{name} is sharded (DTensor); {doing} the model first, then call fully_shard")
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    for cls in type(module).__mro__:
+        origin = f"{cls.__module__}.{cls.__qualname__}"
+        if origin == "torch._dynamo.eval_frame.OptimizedModule":
+            return "torch.compile"
+        if cls.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule") and cls.__module__.startswith("torch."):
+            return cls.__name__
+    return "torch.jit" if origin_is_script(module) else None
+
+
+def origin_is_script(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.jit")
