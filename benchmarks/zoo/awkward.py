@@ -1,6 +1,6 @@
 """Plain modules that use a weight in a way which defeats a naive adapter, and what must come of each.
 
-Every case either *holds* (the adapter acts where the weight acts: train, eval, merged and exported alike) or is *refused*
+Every case either *holds* (the adapter acts where the weight acts: train, eval, merged, exported alike) or is *refused*
 by an error that names the site and the reason, matched here word for word as a regex.
 """
 

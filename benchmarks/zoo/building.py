@@ -26,8 +26,10 @@ class Family:
     model: str
     config: Inputs
     inputs: str = "tokens"
-    also: tuple[str, ...] = ()  # further targets, by name: embeddings, experts, raw parameters
-    unused: tuple[str, ...] = ()  # linear maps which the base itself never multiplies by, as a regex on their names
+    also: tuple[str, ...] = ()  # a second set of targets, by name: embeddings, experts, attention, raw parameters
+    refused: str = ""  # what the refusal of `also` says, as a regex, where one is due
+    unused: tuple[str, ...] = ()  # linear maps which the base itself never multiplies by
+    narrow: tuple[str, ...] = ()  # linear maps narrower than the rank the others get: these get rank 1
     base_exports: bool = True  # False: torch.export cannot capture the base either, so no adapter is to blame
 
     def build(self) -> tuple[nn.Module, Inputs]:

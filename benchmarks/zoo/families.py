@@ -137,7 +137,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("mixtral", "mixture", "MixtralForCausalLM", {**CAUSAL, "num_local_experts": 4,
            "num_experts_per_tok": 2}, also=_GATE_UP),
     Family("qwen2_moe", "mixture", "Qwen2MoeForCausalLM", {**EXPERTS, "num_experts": 4,
-           "shared_expert_intermediate_size": 56}, also=_GATE_UP),
+           "shared_expert_intermediate_size": 56}, also=_GATE_UP, narrow=("shared_expert_gate",)),
     Family("qwen3_moe", "mixture", "Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4, "head_dim": 12},
            also=_GATE_UP),
     Family("gpt_oss", "mixture", "GptOssForCausalLM", {**CAUSAL, "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -191,6 +191,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_next", "recurrent", "Qwen3NextForCausalLM", {**EXPERTS, "num_experts": 4, "head_dim": 12,
            "shared_expert_intermediate_size": 56, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
            "linear_key_head_dim": 12, "linear_value_head_dim": 10, "layer_types": ["linear_attention",
-           "full_attention"]}, also=_GATE_UP),
+           "full_attention"]}, also=_GATE_UP, narrow=("shared_expert_gate",)),
 )
 # fmt: on
