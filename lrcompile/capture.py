@@ -1,0 +1,225 @@
+"""Capture a model as a `torch.export` program in which every example input is its own, and batch and sequence vary.
+
+Three things `torch.export` leaves to its caller, and gets silently wrong otherwise: two arguments that are the same tensor
+object become one input, so each is cloned; a dimension of size 1 is baked in, so it is enlarged first; outputs and
+dimensions carry generated names, so the model's own (`logits`, `batch`) are recovered here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.utils import _pytree as pytree
+
+from lrcompile.errors import ExportError
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured program and the names its inputs, outputs and varying dimensions go by outside."""
+
+    program: torch.export.ExportedProgram
+    outputs: tuple[str, ...]
+    dimensions: dict[str, str]  # symbol of the program -> name
+    limits: dict[str, int]  # name -> largest size the model accepts, where it has one
+    examples: tuple[tuple[Any, ...], dict[str, Any]]  # the (cloned, perhaps enlarged) arguments
+
+
+def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None) -> Captured:
+    """The program of `model(*args)` or `model(**kwargs)` in evaluation mode; the model is left exactly as it was.
+
+    `dynamic_shapes`: None makes dimension 0 of every tensor and dimension 1 of integer tensors vary, "static" freezes all
+    sizes, anything else is handed to `torch.export`. Inputs that are not tensors are constants of the program.
+    Raises ExportError when the inputs do not fit the model, the model cannot be captured, or a size that should vary cannot.
+    """
+    args, kwargs = _own_copies(example_inputs)
+    static = isinstance(dynamic_shapes, str)
+    if static and dynamic_shapes != "static":
+        raise ExportError(f"dynamic_shapes={dynamic_shapes!r}: expected None, 'static', or torch.export's own form")
+    if dynamic_shapes is None:
+        args, kwargs = _enlarge(args, kwargs)
+    bound = _bind(model, args, kwargs)
+    shapes = pytree.tree_map(_varying(bound), bound) if dynamic_shapes is None else None if static else dynamic_shapes
+    with _evaluation(model), _without_cache(model):
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ExportError(
+                f"{type(model).__name__} could not be captured by torch.export: {error}\n"
+                "If the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
+                "dimensions that may, in torch.export's form"
+            ) from error
+    names = _dimension_names(program, shapes, bound)
+    limits = {
+        names[str(symbol)]: int(interval.upper)
+        for symbol, interval in program.range_constraints.items()
+        if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
+    }
+    return Captured(program, _output_names(program), names, limits, (args, kwargs))
+
+
+def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def own(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    if isinstance(example_inputs, Mapping):
+        return (), {name: pytree.tree_map(own, value) for name, value in example_inputs.items()}
+    if isinstance(example_inputs, tuple):
+        return tuple(pytree.tree_map(own, value) for value in example_inputs), {}
+    raise ExportError(
+        f"example_inputs is a {type(example_inputs).__name__}: expected a dict (called as model(**inputs)) "
+        "or a tuple (called as model(*inputs))"
+    )
+
+
+def _enlarge(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat what has size 1 along an axis that is to vary; one that stays 1 beside larger ones broadcasts and is left."""
+    for axis in (0, 1):
+
+        def varies(leaf: Any, axis: int = axis) -> bool:
+            return isinstance(leaf, torch.Tensor) and axis in _axes(leaf)
+
+        sizes = {leaf.shape[axis] for leaf in pytree.tree_leaves((args, kwargs)) if varies(leaf)}
+        if sizes == {1}:
+
+            def twice(leaf: Any, axis: int = axis, varies: Any = varies) -> Any:
+                return torch.cat((leaf, leaf), dim=axis) if varies(leaf) else leaf
+
+            args, kwargs = pytree.tree_map(twice, (args, kwargs))
+    return args, kwargs
+
+
+def _axes(tensor: torch.Tensor) -> tuple[int, ...]:
+    axes = (0,) if tensor.is_floating_point() or tensor.is_complex() else (0, 1)
+    return axes[: tensor.dim()]
+
+
+def _varying(bound: dict[str, Any]) -> Any:
+    def spec(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        return {axis: Dim.DYNAMIC for axis in _axes(leaf) if leaf.shape[axis] != 1}
+
+    return spec
+
+
+def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ExportError(
+            f"example_inputs do not fit {type(model).__name__}.forward: {error}; it takes {signature}"
+        ) from error
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A key-value cache among the outputs is an object no deployed graph can return; generation caches are not exported."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """`logits` for a field or key, `hidden_states_0` inside one, `output`, or `output_0`, `output_1`, … for bare tensors."""
+    spec = program.call_spec.out_spec
+    structure = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    found: dict[int, str] = {}
+
+    def visit(value: Any, name: str) -> None:
+        if isinstance(value, int):
+            found[value] = name or "output"
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(item, f"{name}_{key}" if name else str(key))
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                visit(getattr(value, field.name), f"{name}_{field.name}" if name else field.name)
+        elif isinstance(value, tuple | list):
+            for index, item in enumerate(value):
+                visit(item, f"{name or 'output'}_{index}")
+        elif value is not None:
+            raise ExportError(
+                f"the model returns a {type(value).__name__}, which a deployed graph cannot; return tensors, or "
+                "tuples, dicts or ModelOutputs of tensors (for a key-value cache pass use_cache=False)"
+            )
+
+    visit(structure, "")
+    kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
+    return tuple(found[index] for index, kind in enumerate(kinds) if not isinstance(kind, ConstantArgument))
+
+
+def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: dict[str, Any]) -> dict[str, str]:
+    """Symbol -> name: the user's `Dim` names, else `batch` and `sequence`; other sizes are `<input>_dim<axis>`."""
+    given = [spec if isinstance(spec, Mapping) else {} for spec in _flat_specs(shapes, bound)]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    first: dict[int, int] = {}  # axis -> the example size that is called batch or sequence
+    names: dict[str, str] = {}
+    for name, spec in zip(program.graph_signature.user_inputs, given, strict=True):
+        value = values.get(name) if isinstance(name, str) else None
+        if not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, torch.SymInt) or str(size) in names:
+                continue
+            own = getattr(spec.get(axis), "__name__", None)
+            common = ("batch", "sequence")[axis] if axis in _axes(value) else None
+            hint = size.node.hint
+            if own is not None:
+                names[str(size)] = own
+            elif common is not None and first.setdefault(axis, hint) == hint:
+                names[str(size)] = common
+            else:
+                names[str(size)] = f"{name}_dim{axis}"
+    return names
+
+
+def _flat_specs(shapes: Any, bound: dict[str, Any]) -> list[Any]:
+    """One shape spec per leaf of the inputs, whatever form the user gave; {} where it says nothing."""
+    leaves, tree = pytree.tree_flatten(bound)
+    if shapes is None:
+        return [{}] * len(leaves)
+    if isinstance(shapes, tuple | list):
+        shapes = dict(zip(bound, shapes, strict=False))
+
+    def normal(spec: Any) -> Any:
+        return dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec
+
+    flat: list[Any] = []
+    for name, value in bound.items():
+        spec = shapes.get(name)
+        if isinstance(value, torch.Tensor):
+            flat.append(normal(spec))
+        else:  # a nested input: its specs mirror its structure, down to one per tensor
+            inner, inner_tree = pytree.tree_flatten(value)
+            flat.extend([{}] * len(inner) if spec is None else [normal(s) for s in inner_tree.flatten_up_to(spec)])
+    return flat
