@@ -54,6 +54,7 @@ def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
         tracer.traced_func_name = "lookup"
         constants = {"padding_idx": use.padding_idx}
     body = tracer.trace(adapter, constants or None)
+    drop_constants(body, set(constants))
     inputs = iter((use.node, use.x))
     mapped: dict[fx.Node, Any] = {}
     users = list(use.node.users)
@@ -74,3 +75,14 @@ def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
     for user in users:
         user.replace_input_with(use.node, result)
     return Use(result, use.x, use.form, use.transposed, use.padding_idx)
+
+
+def drop_constants(graph: fx.Graph, names: set[str]) -> None:
+    """Constants are in the traced code already: take out their placeholders and the assertions fx puts on them."""
+    doomed = {n for n in graph.nodes if n.op == "placeholder" and str(n.target).rsplit("_", 1)[0] in names}
+    for node in graph.nodes:
+        if any(given in doomed for given in node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(graph.nodes):
+        if node in doomed:
+            graph.erase_node(node)

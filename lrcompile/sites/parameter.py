@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lrcompile.errors import AdapterError
-from lrcompile.graph_rule import insert_adapters
+from lrcompile.graph_rule import drop_constants, insert_adapters
 from lrcompile.hosting import Host, original_class
 from lrcompile.sites.site import Slot
 from lrcompile.weight_uses import NotALinearMap, uses_of
@@ -127,22 +127,11 @@ def _compiled(module: nn.Module, constants: dict[str, Any]) -> Callable:
         raise AdapterError(
             f"{cls.__name__}.forward cannot be traced for this call ({_first_line(error)}); its raw parameters cannot be adapted"
         ) from error
-    _drop_constants(graph, set(constants))
+    drop_constants(graph, set(constants))
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<lrcompile: {cls.__name__}.forward>", "exec"), scope)
     return scope["forward"]
-
-
-def _drop_constants(graph: fx.Graph, names: set[str]) -> None:
-    """Constants are in the traced code already: take out their placeholders and the assertions fx puts on them."""
-    doomed = {n for n in graph.nodes if n.op == "placeholder" and str(n.target).rsplit("_", 1)[0] in names}
-    for node in graph.nodes:
-        if any(given in doomed for given in node.all_input_nodes):
-            doomed.add(node)
-    for node in reversed(graph.nodes):
-        if node in doomed:
-            graph.erase_node(node)
 
 
 def _default_constants(cls: type[nn.Module]) -> dict[str, Any]:

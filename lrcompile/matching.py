@@ -1,0 +1,167 @@
+"""What a spec means for a model: which sites it hits, which it leaves alone and why. Looks only; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lrcompile import sites, targeting
+from lrcompile.errors import SpecError, TargetError
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+
+
+@dataclass(frozen=True)
+class Matched:
+    hit: tuple[Site, ...]
+    spared: tuple[tuple[Site, str], ...]
+    """Sites left alone, and why."""
+    trained: tuple[str, ...]
+    """Base parameters trained in full: those of `train_modules`, and biases."""
+    notes: tuple[str, ...]
+
+
+def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Matched:
+    """The sites of `model` that `spec` adapts.
+
+    Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a rank above
+    min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
+    """
+    found = sites.find(model)
+    if spec.targets == targeting.ALL_LINEAR:
+        hit, spared = _all_linear(model, spec, found)
+    else:
+        hit, spared = _named(model, spec, found)
+    if not hit:
+        reasons = "; ".join(f"{site.name}: {why}" for site, why in spared[:5]) or "it has no linear maps"
+        raise TargetError(f"nothing to adapt in this {type(model).__name__} ({reasons})")
+    names = [site.name for site in hit]
+    targeting.require_patterns(names, spec.rank_pattern, "rank_pattern")
+    targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")
+    if not allow_high_rank:
+        _check_ranks(spec, hit)
+    return Matched(tuple(hit), tuple(spared), _trained_names(model, spec, hit), tuple(_tie_notes(model, hit)))
+
+
+def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:
+    heads = targeting.output_heads(model)
+    if spec.exclude:
+        targeting.require_hits([name for site in found for name in site.names], spec.exclude, "exclude")
+    hit, spared = [], []
+    for site in found:
+        reason = _why_spared(model, spec, site, heads)
+        if reason is None:
+            hit.append(site)
+        else:
+            spared.append((site, reason))
+    return hit, spared
+
+
+def _why_spared(model: nn.Module, spec: Spec, site: Site, heads: dict[str, str]) -> str | None:
+    if any(targeting.hits(spec.exclude, name) for name in site.names):
+        return "excluded"
+    if not any(targeting.in_layers(name, spec.layers) for name in site.names):
+        return "not in the chosen layers"
+    if _inside(site.host, spec.train_modules):
+        return "trained in full (train_modules)"
+    if site.form == "lookup":
+        return "embedding"
+    if site.host in heads:
+        return heads[site.host]
+    if targeting.is_router(model, site.host):
+        return "mixture router"
+    return site.refusal
+
+
+def _named(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:
+    names = [name for site in found for name in site.names]
+    _explain_other_modules(model, spec, names)
+    targeting.require_hits(names, spec.targets, "targets")
+    if spec.exclude:
+        targeting.require_hits(names, spec.exclude, "exclude")
+    hit, spared = [], []
+    for site in found:
+        if not any(targeting.hits(spec.targets, name) for name in site.names):
+            spared.append((site, "not targeted"))
+        elif any(targeting.hits(spec.exclude, name) for name in site.names):
+            spared.append((site, "excluded"))
+        elif not any(targeting.in_layers(name, spec.layers) for name in site.names):
+            spared.append((site, "not in the chosen layers"))
+        else:
+            hit.append(site)
+    if refused := [site for site in hit if site.refusal]:
+        listed = "\n".join(f"  {site.name}: {site.refusal}" for site in refused[:8])
+        raise TargetError(f"{len(refused)} of the targeted sites cannot be adapted:\n{listed}\nLeave them out with exclude=, or change them.")
+    return hit, spared
+
+
+def _explain_other_modules(model: nn.Module, spec: Spec, names: Sequence[str]) -> None:
+    """An entry that names a module which is no site deserves better than "no such name"."""
+    if isinstance(spec.targets, str):
+        return
+    for entry in spec.targets:
+        if any(targeting.hits((entry,), name) for name in names):
+            continue
+        for name, module in model.named_modules():
+            if name and targeting.hits((entry,), name):
+                raise TargetError(
+                    f"targets: {entry!r} names {name!r}, a {type(module).__name__}, which holds no weight that is one linear map;"
+                    " adapters act on nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention, 3-D expert weights and raw matrices"
+                )
+
+
+def _check_ranks(spec: Spec, hit: Sequence[Site]) -> None:
+    for site in hit:
+        largest = min(site.in_features, site.out_features)
+        asked_for = any(targeting.pattern_hits(key, site.name) for key in spec.rank_pattern)
+        if spec.rank > largest and not asked_for:
+            raise SpecError(
+                f"rank={spec.rank} is above {largest}, the most a {site.out_features}×{site.in_features} map can have, at {site.name!r};"
+                f" lower it, exclude the site, or ask for it with rank_pattern={{{site.name!r}: …}}",
+                field="rank",
+            )
+
+
+def _trained_names(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[str, ...]:
+    modules = [name for name, _ in model.named_modules() if name and sites.ADAPTERS not in name.split(".")]
+    if spec.train_modules:
+        targeting.require_hits(modules, spec.train_modules, "train_modules")
+    parameters = [name for name, _ in model.named_parameters() if sites.ADAPTERS not in name.split(".")]
+    chosen = {name for name in parameters if _inside(name, spec.train_modules)}
+    if spec.train_modules and not chosen:
+        raise TargetError(f"train_modules={list(spec.train_modules)} hold no parameters", field="train_modules")
+    is_bias = lambda name: name.rpartition(".")[2].endswith("bias")  # noqa: E731
+    if spec.bias == "all":
+        chosen |= {name for name in parameters if is_bias(name)}
+    elif spec.bias == "lora_only":
+        hosts = {site.host for site in hit}
+        chosen |= {name for name in parameters if is_bias(name) and name.rpartition(".")[0] in hosts}
+    return tuple(name for name in parameters if name in chosen)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    """Is `name` one of these modules (by suffix), or within one?"""
+    parts = name.split(".")
+    return any(targeting.hits(modules, ".".join(parts[:end])) for end in range(1, len(parts) + 1)) if modules else False
+
+
+def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
+    owners = owners_of_parameters(model)
+    notes = []
+    for site in hit:
+        others = [name for name in owners.get(id(model.get_submodule(site.host)._parameters.get(site.slot)), ()) if name != site.parameter]
+        if others:
+            notes.append(f"{site.name} shares its weight with {', '.join(others)}: only this use is adapted; merging unties them")
+    return notes
+
+
+def owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Every name each parameter object goes by, one for each module that holds it."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return owners

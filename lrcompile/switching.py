@@ -1,0 +1,101 @@
+"""Which adapters act, with what weight, and which train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import fx, nn
+
+from lrcompile.errors import AdapterError, MergeError
+from lrcompile.graph_rule import insert_adapters
+from lrcompile.sites.site import Site
+from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, state_of
+
+
+def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float], *, train: str | Iterable[str] | None = None) -> nn.Module:
+    """y = xWᵀ + b + Σ wᵢ·sᵢ·(xAᵢᵀ)Bᵢᵀ over the named adapters (weight 1 where none is given); all others are inactive.
+
+    `train` names the adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a weight that is no
+    finite number, `MergeError` while merged.
+    """
+    state = state_of(model)
+    chosen = _weights(adapters)
+    for name, weight in chosen.items():
+        require_name(state, name)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise AdapterError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+    if state.merged:
+        raise MergeError("the model is merged; call lrcompile.unmerge(model) before changing which adapters are active")
+    state.trained.show(model, chosen)
+    state.active = chosen
+    for site in all_sites(state):
+        adapters_here = adapter_set(model, site)
+        adapters_here.active = tuple(name for name in chosen if name in adapters_here)
+        for name in adapters_here.active:
+            adapter = adapters_here[name]
+            if adapter.weight != chosen[name]:
+                adapter.weight = chosen[name]
+                adapter.refill_scale()
+    rewrite_graphs(model, all_sites(state))
+    if train is not None:
+        set_training(model, (train,) if isinstance(train, str) else tuple(train))
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model computes the base's values, to the bit; also while merged."""
+    state = state_of(model)
+    sets = [adapter_set(model, site) for site in all_sites(state)]
+    before = [adapters.active for adapters in sets]
+    shown = list(dict.fromkeys(state.trained.in_place.values()))
+    folded = {name: fold.original for name, fold in state.folds.items()}
+    weights = {site.name: model.get_parameter(site.parameter) for site in all_sites(state) if site.name in folded}
+    merged_data = {name: weight.data for name, weight in weights.items()}
+    try:
+        for adapters in sets:
+            adapters.active = ()
+        state.trained.show(model, ())
+        for name, weight in weights.items():
+            weight.data = folded[name].to(weight.device)
+        rewrite_graphs(model, all_sites(state))
+        yield model
+    finally:
+        for name, weight in weights.items():
+            weight.data = merged_data[name]
+        for adapters, active in zip(sets, before, strict=True):
+            adapters.active = active
+        state.trained.show(model, shown)
+        rewrite_graphs(model, all_sites(state))
+
+
+def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let exactly these adapters train, and nothing of the base but what they train in full."""
+    state = state_of(model)
+    for name in names:
+        require_name(state, name)
+    state.training = names
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+        for _, tensor in adapter_tensors(model, state, name):
+            tensor.requires_grad_(True)
+        for key in state.trained.names_of(name):
+            model.get_parameter(key).requires_grad_(True)
+
+
+def _weights(adapters: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(adapters, str):
+        return {adapters: 1.0}
+    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+
+
+def rewrite_graphs(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Bring the graph modules of these sites in line with the adapters that are live."""
+    for name in {site.graph for site in sites if site.graph is not None}:
+        module = model.get_submodule(name)
+        assert isinstance(module, fx.GraphModule)
+        insert_adapters(module.graph, module)
+        module.recompile()
