@@ -7,7 +7,6 @@ dimensions carry generated names, so the model's own (`logits`, `batch`) are rec
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from torch.export import Dim
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import ExportError
+from lrcompile.errors import ExportError, VerificationError
+from lrcompile.outputs import named_outputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -150,32 +150,16 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """`logits` for a field or key, `hidden_states_0` inside one, `output`, or `output_0`, `output_1`, … for bare tensors."""
+    """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
     spec = program.call_spec.out_spec
-    structure = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    found: dict[int, str] = {}
-
-    def visit(value: Any, name: str) -> None:
-        if isinstance(value, int):
-            found[value] = name or "output"
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                visit(item, f"{name}_{key}" if name else str(key))
-        elif dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                visit(getattr(value, field.name), f"{name}_{field.name}" if name else field.name)
-        elif isinstance(value, tuple | list):
-            for index, item in enumerate(value):
-                visit(item, f"{name or 'output'}_{index}")
-        elif value is not None:
-            raise ExportError(
-                f"the model returns a {type(value).__name__}, which a deployed graph cannot; return tensors, or "
-                "tuples, dicts or ModelOutputs of tensors (for a key-value cache pass use_cache=False)"
-            )
-
-    visit(structure, "")
+    try:
+        named = named_outputs(pytree.tree_unflatten([torch.tensor(index) for index in range(spec.num_leaves)], spec))
+    except VerificationError as error:
+        raise ExportError(f"{error}; return tensors, or tuples, dicts or ModelOutputs of tensors") from error
+    names = {int(index): name for name, index in named.items()}
     kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
-    return tuple(found[index] for index, kind in enumerate(kinds) if not isinstance(kind, ConstantArgument))
+    kept = [names[index] for index, kind in enumerate(kinds) if not isinstance(kind, ConstantArgument)]
+    return tuple(f"output.{name}" if name[0].isdigit() else name for name in kept)
 
 
 def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,251 @@
+"""Fold adapters into the weights of a captured program, one weight at a time and only when that weight is written.
+
+    W' = round(W + Σ s·B·A)        accumulated in float32 (float64 for a float64 W), rounded once to W's dtype
+
+The graph loses its adapter nodes at once; the sums are kept as recipes, so that a writer holds one folded weight at most.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
+from lrcompile.programs import RESHAPES, Tensors, View
+
+aten = torch.ops.aten
+
+LORA = torch.ops.lrcompile.lora.default
+LOOKUP = torch.ops.lrcompile.lora_embedding.default
+_LINEAR = {aten.linear.default}
+_PRODUCT = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+_SUM_PRODUCT = {aten.addmm.default, aten.baddbmm.default}
+
+
+@dataclass(frozen=True)
+class Update:
+    """s·B·A, to be added to one view of a weight."""
+
+    view: View
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    transposed: bool  # the view is [in, out]
+
+    def add_to(self, weight: Tensor) -> None:
+        delta = self.scale.to(weight.dtype) * (self.B.to(weight.dtype) @ self.A.to(weight.dtype))
+        self.view.of(weight).add_(delta.mT if self.transposed else delta)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A weight not computed yet: `base()` and its updates, rounded to `dtype` when called."""
+
+    base: Callable[[], Tensor]
+    dtype: torch.dtype
+    shape: torch.Size
+    updates: tuple[Update, ...] = ()
+
+    def __call__(self) -> Tensor:
+        base = self.base()
+        weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        for update in self.updates:
+            update.add_to(weight)
+        return weight.to(self.dtype)
+
+
+@dataclass
+class Folded:
+    """What became of a program's adapters."""
+
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # name of the weight in the program -> how to compute it
+    sites: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)  # site -> why its adapter stays beside the weight
+
+
+class _NotFoldable(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Fold:
+    node: fx.Node  # the adapter
+    base: fx.Node  # the product or lookup it adds to
+    weight: fx.Node  # that node's argument
+    update: Update
+
+    def key(self) -> tuple[Any, ...]:
+        return (*self.update.view.key(), *self.node.args[2:])
+
+
+def site_of(node: fx.Node, tensors: Tensors) -> str:
+    """The site an adapter node belongs to: where its factors live, or else the name of the node."""
+    factors = node.args[2]
+    while isinstance(factors, fx.Node) and factors.op == "call_function":
+        factors = factors.args[0]
+    name = tensors.target(factors) or node.name
+    host, mark, rest = name.partition("lrcompile_adapters.")
+    slot = rest.split(".")[0]
+    return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else name.removesuffix(".A")
+
+
+def fold_adapters(program: ExportedProgram, recipes: dict[str, Recipe] | None = None) -> Folded:
+    """Take every adapter node out of `program` whose base is a linear map or lookup of one weight; `recipes` say the rest.
+
+    `recipes`: weights that are themselves not computed yet. An adapter is kept, with the reason, where folding would change
+    what the model computes: a base output used elsewhere too, a computed weight, another input. A weight that has other uses,
+    not adapted or adapted differently, gets its own copy.
+    """
+    tensors, folded = Tensors(program), Folded(dict(recipes or {}))
+    refused: set[fx.Node] = set()
+    while found := _next_layer(program, tensors, folded, refused):
+        _erase(program, tensors, folded, found)
+    folded.sites = [site for site in dict.fromkeys(folded.sites) if site not in folded.kept]
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.graph_module.recompile()
+    return folded
+
+
+def _next_layer(
+    program: ExportedProgram, tensors: Tensors, folded: Folded, refused: set[fx.Node]
+) -> list[_Fold]:
+    """The adapters that sit directly on their base; those stacked on another come in the next round."""
+    found: list[_Fold] = []
+    for node in program.graph.nodes:
+        if node.target not in (LORA, LOOKUP) or node in refused or _is_stacked(node, found):
+            continue
+        site = site_of(node, tensors)
+        try:
+            found.append(_match(node, tensors))
+            folded.sites.append(site)
+        except _NotFoldable as reason:
+            refused.add(node)
+            folded.kept[site] = str(reason)
+    return found
+
+
+def _is_stacked(node: fx.Node, found: list[_Fold]) -> bool:
+    return any(fold.node is _through_reshapes(node.args[0])[0] for fold in found)
+
+
+def _through_reshapes(node: Any) -> tuple[Any, list[fx.Node]]:
+    passed: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in RESHAPES:
+        passed.append(node)
+        node = node.args[0]
+    return node, passed
+
+
+def _match(node: fx.Node, tensors: Tensors) -> _Fold:
+    y, x, *factors = node.args[:5]
+    base, passed = _through_reshapes(y)
+    if node.target is LORA and len(node.args) > 5 and node.args[5]:
+        raise _NotFoldable("its dropout is active")
+    if not isinstance(base, fx.Node) or base.op != "call_function":
+        raise _NotFoldable("its base output is not computed by this model")
+    for each in (base, *passed):
+        if len(each.users) != 1:
+            raise _NotFoldable("the base output is used a second time, without the adapter")
+    if node.target is LOOKUP and base.target is aten.embedding.default:
+        weight, given, transposed = base.args[0], base.args[1], True
+    elif node.target is LORA and base.target in _LINEAR:
+        given, weight, transposed = base.args[0], base.args[1], False
+    elif node.target is LORA and base.target in _PRODUCT:
+        (given, weight), transposed = base.args, True
+    elif node.target is LORA and base.target in _SUM_PRODUCT and not base.kwargs:
+        (_, given, weight), transposed = base.args, True
+    else:
+        raise _NotFoldable(f"its base output comes from {base.target}, not from a product with one weight")
+    if _through_reshapes(given)[0] is not _through_reshapes(x)[0]:
+        raise _NotFoldable("it reads another input than its base does")
+    view = tensors.view(weight)
+    if view is None or not isinstance(weight, fx.Node):
+        raise _NotFoldable("its weight is computed, not held")
+    values = [tensors.value(each) for each in factors]
+    if any(value is None for value in values):
+        raise _NotFoldable("its factors depend on an input")
+    A, B, scale = values
+    expected = torch.Size((*B.shape[:-1], A.shape[-1]))  # type: ignore[union-attr]
+    shape = weight.meta["val"].shape
+    if shape != (torch.Size((*expected[:-2], expected[-1], expected[-2])) if transposed else expected):
+        raise _NotFoldable(f"its update is {tuple(expected)}, the weight it acts beside is {tuple(shape)}")
+    return _Fold(node, base, weight, Update(view, A, B, scale, transposed))  # type: ignore[arg-type]
+
+
+def _erase(program: ExportedProgram, tensors: Tensors, folded: Folded, found: list[_Fold]) -> None:
+    by_source: dict[fx.Node, list[_Fold]] = {}
+    for fold in found:
+        by_source.setdefault(fold.update.view.source, []).append(fold)
+    for source, folds in by_source.items():
+        groups: dict[tuple[Any, ...], list[_Fold]] = {}
+        for fold in folds:
+            groups.setdefault(fold.key(), []).append(fold)
+        target = tensors.targets[source.name]
+        if _disjoint(source, folds, tensors):
+            _record(folded, tensors, source, target, [group[0].update for group in groups.values()])
+        else:  # another use of these numbers must keep them: the adapted uses get a weight of their own
+            for group in groups.values():
+                copy = tensors.add(f"{target}_adapted", tensors.get(source), before=source)
+                own = View(copy, group[0].update.view.steps)
+                if target in folded.recipes:
+                    folded.recipes[tensors.targets[copy.name]] = folded.recipes[target]
+                _record(folded, tensors, copy, tensors.targets[copy.name], [replace(group[0].update, view=own)])
+                for fold in group:
+                    _rebase(program, fold, copy)
+        for fold in folds:
+            fold.node.replace_all_uses_with(fold.node.args[0])  # type: ignore[arg-type]
+            program.graph.erase_node(fold.node)
+
+
+def _record(folded: Folded, tensors: Tensors, source: fx.Node, target: str, updates: list[Update]) -> None:
+    recipe = folded.recipes.get(target)
+    if recipe is None:
+        base = tensors.get(source)
+        recipe = Recipe(lambda: base, base.dtype, base.shape)
+    folded.recipes[target] = replace(recipe, updates=(*recipe.updates, *updates))
+
+
+def _rebase(program: ExportedProgram, fold: _Fold, copy: fx.Node) -> None:
+    node = copy
+    with program.graph.inserting_before(fold.base):
+        for step in fold.update.view.steps:
+            twin = program.graph.call_function(step.target, (node, *step.args[1:]), dict(step.kwargs))  # type: ignore[arg-type]
+            twin.meta = dict(step.meta)
+            node = twin
+    fold.base.replace_input_with(fold.weight, node)
+
+
+def _disjoint(source: fx.Node, folds: list[_Fold], tensors: Tensors) -> bool:
+    """Does no part of the tensor serve two uses that are to see different numbers?"""
+    adapted = {fold.base: fold.key() for fold in folds}
+    spans: list[tuple[int, int, Any]] = []
+
+    def visit(node: fx.Node) -> None:
+        for user in node.users:
+            view = tensors.view(user)
+            if view is not None:
+                visit(user)
+            elif user.target is not operator.getitem:
+                spans.append((*_span(source, tensors.view(node)), adapted.get(user)))
+
+    visit(source)
+    return all(
+        one[2] == other[2] or one[1] <= other[0] or other[1] <= one[0]
+        for index, one in enumerate(spans)
+        for other in spans[:index]
+    )
+
+
+def _span(source: fx.Node, view: View | None) -> tuple[int, int]:
+    """First and one-past-last element of the storage that a view can touch."""
+    part = torch.empty(tuple(source.meta["val"].shape), device="meta")
+    part = part if view is None else view.of(part)
+    last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.storage_offset(), part.storage_offset() + last + 1

@@ -1,0 +1,106 @@
+"""Small surgery on a `torch.export` program: which tensor a node stands for, and new tensors where a rewrite needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.numpy_T.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.alias.default,
+    aten.detach.default,
+}
+"""Ops whose result shares the storage of their first argument: writing through a chain of them changes the tensor itself."""
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default}
+
+
+@dataclass(frozen=True)
+class View:
+    """A chain of views of one held tensor, innermost first."""
+
+    source: fx.Node
+    steps: tuple[fx.Node, ...]
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for chains that view the same part of the same tensor in the same way."""
+        return (self.source, *((step.target, repr(step.args[1:]), repr(step.kwargs)) for step in self.steps))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        for step in self.steps:
+            tensor = step.target(tensor, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        return tensor
+
+
+class Tensors:
+    """The tensors a program holds (parameters, buffers, lifted constants), by the placeholder that stands for each."""
+
+    def __init__(self, program: ExportedProgram):
+        self.program = program
+        signature = program.graph_signature
+        held = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+        self.targets = {spec.arg.name: spec.target for spec in signature.input_specs if spec.kind in held}
+
+    def target(self, node: Any) -> str | None:
+        """The name (FQN) of the tensor a node stands for; None for anything computed or fed."""
+        return self.targets.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
+
+    def get(self, node: fx.Node) -> Tensor:
+        target = self.targets[node.name]
+        return self.program.state_dict.get(target, self.program.constants.get(target)).detach()  # type: ignore[union-attr]
+
+    def view(self, node: Any) -> View | None:
+        """The chain of views that leads from a held tensor to `node`, or None."""
+        steps: list[fx.Node] = []
+        while isinstance(node, fx.Node) and node.op == "call_function" and node.target in VIEWS:
+            if any(isinstance(each, fx.Node) for each in node.args[1:]):
+                return None
+            steps.append(node)
+            node = node.args[0]
+        return View(node, tuple(reversed(steps))) if self.target(node) is not None else None
+
+    def value(self, node: Any) -> Tensor | None:
+        """What a node computes from held tensors alone (small ones: factors, scales), or None if an input is involved."""
+        if not isinstance(node, fx.Node):
+            return node
+        if self.target(node) is not None:
+            return self.get(node)
+        if node.op != "call_function":
+            return None
+        args = [self.value(each) for each in node.args]
+        if any(value is None and each is not None for value, each in zip(args, node.args, strict=True)):
+            return None
+        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+    def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+        """A new parameter or (for integers) buffer `name`, its placeholder put in front of `before`, a placeholder too."""
+        program = self.program
+        while name in program.state_dict or name in program.constants:
+            name += "_"
+        kind = InputKind.PARAMETER if tensor.is_floating_point() else InputKind.BUFFER
+        with program.graph.inserting_before(before):
+            node = program.graph.placeholder(f"lrcompile_{name.replace('.', '_')}")
+        mode = next(n.meta["val"].fake_mode for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        specs = program.graph_signature.input_specs
+        index = next(i for i, spec in enumerate(specs) if spec.arg.name == before.name)
+        persistent = None if kind == InputKind.PARAMETER else True
+        specs.insert(index, InputSpec(kind, TensorArgument(node.name), name, persistent))
+        program.state_dict[name] = tensor
+        self.targets[node.name] = name
+        return node
