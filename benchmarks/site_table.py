@@ -26,13 +26,13 @@ import lrcompile
 
 INTRODUCTION = """# Where adapters act
 
-Made by `python benchmarks/site_table.py`; do not edit. Every model below is tiny, random and real: {families} families of
-`transformers` {transformers} built from their configs, and {cases} plain modules that use a weight in an awkward way, on
-torch {torch}. `tests/test_families.py` and `tests/test_awkward.py` hold each line to what it says.
+Made by `python benchmarks/site_table.py`; do not edit. Every model below is tiny, random and real: {families} families
+of `transformers` {transformers} built from configs, and {cases} plain modules that use a weight in an awkward way,
+on torch {torch}. `tests/test_families.py` and `tests/test_awkward.py` hold each line to what it says.
 
 | check | promise |
 |---|---|
-| start | with B = 0 the outputs are the base's, bit for bit |
+| start | with B = 0 the outputs are those of the base (its unfused path), bit for bit |
 | live | in eval, setting any single B to zero changes the outputs by more than rounding |
 | gradients | in train, every A and B gets a gradient, and nothing of the base does |
 | copied | a deep copy computes the same bits |
