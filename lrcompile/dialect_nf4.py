@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from lrcompile.dialect import LIBRARY
 from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, Tables, nf4_shapes, tables
@@ -33,8 +34,8 @@ def _checked(
     bias: Tensor | None, out_features: int, in_features: int, block_size: int,
 ) -> Nf4:  # fmt: skip
     """The same refusals from the kernel and from its fake: out-of-range codes would otherwise be read past their end."""
-    n_codes, n_blocks, n_scales = nf4_shapes(out_features * in_features, block_size)
     torch._check(block_size in BLOCK_SIZES, lambda: f"nf4_linear: block_size is {block_size}, expected one of {BLOCK_SIZES}")
+    n_codes, n_blocks, n_scales = nf4_shapes(out_features * in_features, block_size)
     torch._check(x.is_floating_point(), lambda: f"nf4_linear: x is {x.dtype}, expected a floating dtype")
     torch._check(x.dim() > 0, lambda: "nf4_linear: x is 0-d, expected [..., in_features]")
     torch._check(
@@ -71,11 +72,17 @@ def _checked(
 def nf4_linear_aten(
     x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
-    compute_dtype: torch.dtype,
+    compute_dtype: torch.dtype, pairs: Tensor | None = None, dynamic: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The op spelled in torch's own, to lower it by: same arguments, same numbers, traceable and differentiable."""
-    nf4 = _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
-    return reference(x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, chunk=None)
+    """The op spelled in torch's own, to lower it by: same arguments, same numbers, traceable and differentiable.
+
+    `pairs` and `dynamic` are the two code tables where the caller holds them already (see `decompose`).
+    """
+    nf4 = Nf4(codes, absmax, absmax_scale, absmax_offset)
+    constants = None if pairs is None or dynamic is None else Tables(pairs, dynamic)
+    return reference(
+        x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, chunk=None, constants=constants
+    )
 
 
 @torch.library.impl(LIBRARY, "nf4_linear", "CompositeExplicitAutograd")
@@ -139,5 +146,23 @@ _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.Disp
 for _device_type, _key in _AUTOCAST_KEYS.items():
     LIBRARY.impl("nf4_linear", partial(_autocast, _device_type), _key.name)
 
-DECOMPOSITIONS = {torch.ops.lrcompile.nf4_linear.default: nf4_linear_aten}
-"""For `ExportedProgram.run_decompositions`: what lowers the op when a graph leaves this process."""
+
+
+def decompose(module: GraphModule) -> bool:
+    """Replace each `nf4_linear` of a graph (`exported.module()`, say) by its plain form, in place; was there one?
+
+    The result is to be captured again, which traces through `nf4_linear_aten`. The code tables become buffers of `module`, one
+    pair a device: a decomposition inside `ExportedProgram.run_decompositions` could not add a constant.
+    """
+    nodes = [node for node in module.graph.nodes if node.target is torch.ops.lrcompile.nf4_linear.default]
+    for node in nodes:
+        device = node.args[1].meta["val"].device
+        names = [f"lrcompile_nf4_{field}_{device.type}{device.index or 0}" for field in Tables._fields]
+        with module.graph.inserting_before(node):
+            for name, tensor in zip(names, tables(device), strict=True):
+                if not hasattr(module, name):
+                    module.register_buffer(name, tensor, persistent=False)
+            node.args = (*node.args, *(module.graph.get_attr(name) for name in names))
+        node.target = nf4_linear_aten
+    module.recompile()
+    return bool(nodes)

@@ -73,8 +73,14 @@ class Tables(NamedTuple):
 
 def tables(device: torch.device) -> Tables:
     """Fresh tensors; they cross from host to device, so a kernel called often keeps them."""
-    pairs = [(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)]
-    return Tables(torch.tensor(pairs, device=device), torch.tensor(DYNAMIC_CODEBOOK, device=device))
+    values = _constant(CODEBOOK, device)
+    pairs = torch.stack([values[:, None].expand(16, 16), values[None, :].expand(16, 16)], -1)
+    return Tables(pairs.view(256, 2), _constant(DYNAMIC_CODEBOOK, device))
+
+
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`torch.tensor` detaches in place, which a decomposition may not do while a graph is exported."""
+    return torch.ops.aten.lift_fresh_copy(torch.from_numpy(np.array(values, np.float32))).to(device)
 
 
 def nf4_shapes(numel: int, block_size: int) -> tuple[int, int, int]:
@@ -118,7 +124,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
 
 def _midpoints(values: tuple[float, ...], device: torch.device) -> Tensor:
-    table = torch.tensor(values, device=device)
+    table = _constant(values, device)
     return (table[:-1] + table[1:]) / 2
 
 
