@@ -42,18 +42,34 @@ class _Trial:
         self.build, self.exports = build, exports
         self.model, self.inputs = build()
         self.before = _snapshot(self.model)
-        self.base, unfused = self.run(), self.run(grad=True)
+        self.base = self.run()
+        self.frozen, unfused = self._references()
         lrcompile.apply(self.model, spec, example_inputs=self.inputs)
-        # torch's fused inference kernels have bits of their own, and run only where no gradient is asked for
-        self.started = (self.run(grad=True), unfused)
+        self.started = (self.run(), unfused)
         self.factors = {name: p for name, p in self.model.named_parameters() if "lrcompile_adapters" in name}
         generator = torch.Generator().manual_seed(5)
-        for name, factor in self.factors.items():
-            if name.endswith(".B"):
-                draw = torch.randn(factor.shape, generator=generator) * 0.2
-                factor.data.copy_(draw)
+        for factor in self.factors.values():
+            if not factor.any():  # B, but A where the map is a lookup
+                factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.2)
         self.adapted = self.run()
         self.rounding = _rounding(self.model, self.run, self.adapted)
+
+    def _references(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The base as `apply` leaves it, frozen: `torch.matmul` picks its kernel by `requires_grad`, so flags decide bits.
+
+        The second without the fused attention kernels, whose bits an adapted attention cannot have.
+        """
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        for p, _ in flags:
+            p.requires_grad_(False)
+        frozen = self.run()
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        unfused = self.run()
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        return frozen, unfused
 
     def run(self, model: nn.Module | None = None, *, train: bool = False, grad: bool = False) -> list[Tensor]:
         """The floating outputs; in training with the dropout masks of one seed."""
@@ -71,12 +87,11 @@ class _Trial:
     def live(self) -> None:
         dead = []
         for name, factor in self.factors.items():
-            if name.endswith(".B"):
-                kept = factor.detach().clone()
-                factor.data.zero_()
-                if _distance(self.run(), self.adapted) <= LIMIT * self.rounding:
-                    dead.append(name)
-                factor.data.copy_(kept)
+            kept = factor.detach().clone()
+            factor.data.zero_()
+            if _distance(self.run(), self.adapted) <= LIMIT * self.rounding:
+                dead.append(name)
+            factor.data.copy_(kept)
         assert not dead, f"no effect in eval: {dead}"
         _require_bits(self.run(), self.adapted, "setting the factors back does not give the outputs back")
 
@@ -96,7 +111,7 @@ class _Trial:
 
     def disabled(self) -> None:
         with lrcompile.disabled(self.model):
-            _require_bits(self.run(), self.base, "disabled is not the base")
+            _require_bits(self.run(), self.frozen, "disabled is not the base")
         _require_bits(self.run(), self.adapted, "after disabled the adapter does not act as before")
 
     def merged(self) -> None:
@@ -165,7 +180,7 @@ def refused_cleanly(build: Build, spec: lrcompile.Spec) -> str:
     before = _snapshot(model)
     try:
         lrcompile.apply(model, spec, example_inputs=inputs)
-    except lrcompile.TargetError as refusal:
+    except lrcompile.LrcompileError as refusal:
         _require_state(before, _snapshot(model), subset=False)
         return str(refusal)
     adapted = [row.name for row in lrcompile.report(model).sites if row.adapted]

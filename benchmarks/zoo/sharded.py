@@ -1,4 +1,4 @@
-"""One optimizer step of an adapted model in several processes: here, for a spawned process must be able to import it."""
+"""One step of an adapted model in several processes: it lives here, for a spawned process must be able to import it."""
 
 from __future__ import annotations
 
