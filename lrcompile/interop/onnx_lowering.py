@@ -1,0 +1,164 @@
+"""Lower a captured program to an ONNX model that ONNX Runtime accepts, weights still unevaluated.
+
+`torch.onnx` translates; this module decides what it must not: no weight is folded or transposed in memory (transposes of held
+tensors become recipes, evaluated when written), 4-bit codes stay codes, and dimensions carry the names users know.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from lrcompile.capture import Captured
+from lrcompile.errors import ExportError
+from lrcompile.folding import Recipe
+from lrcompile.interop.onnx_nf4 import expand_absmax, translation
+
+OPSETS = range(18, 27)  # below torch's translations start, above ONNX Runtime 1.31 refuses to load
+DEFAULT_OPSET = 20
+_LOWEST_IR, _HIGHEST_IR = 10, 13
+_LARGE = 1024  # elements; smaller tensors are constants rather than weights and may be folded
+
+
+def lower(captured: Captured, recipes: Mapping[str, Recipe], opset: int | None = None) -> ir.Model:
+    """The ONNX model of a captured program; `recipes` compute the weights of their names. The program is consumed.
+
+    Raises ExportError for an opset out of range and for an operation ONNX has no form of.
+    """
+    opset = check_opset(opset)
+    codes = expand_absmax(captured.program)
+    with _quietly():
+        try:
+            lowered = torch.onnx.export(
+                captured.program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                output_names=list(captured.outputs),
+                custom_translation_table=translation(),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"the captured program has no ONNX form: {error}") from error
+    assert lowered is not None  # only the old exporter returns None
+    model = lowered.model
+    _install(model, recipes)
+    _fold_transposes(model)
+    protected = {name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])}
+    onnxscript.optimizer.optimize_ir(model, should_fold=_unless_reading(protected))
+    _rename_dimensions(model, captured.dimensions)
+    _forget_machine(model)
+    model.producer_name = "lrcompile"
+    model.ir_version = max(_LOWEST_IR, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
+    if model.ir_version > _HIGHEST_IR:
+        raise ExportError(f"opset {opset} needs IR version {model.ir_version}; ONNX Runtime reads {_HIGHEST_IR} at most")
+    return model
+
+
+def check_opset(opset: int | None) -> int:
+    if opset is None:
+        return DEFAULT_OPSET
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise ExportError(f"opset={opset!r}: expected an integer from {OPSETS[0]} to {OPSETS[-1]}, which ONNX Runtime runs")
+    return opset
+
+
+def _is_large(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.size >= _LARGE
+
+
+def _install(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
+    initializers = model.graph.initializers
+    for name, recipe in recipes.items():
+        if name in initializers:
+            initializers[name].const_value = lazy(recipe, recipe.dtype, recipe.shape, name)
+
+
+def lazy(compute: Callable[[], Tensor], dtype: torch.dtype, shape: torch.Size, name: str) -> ir.LazyTensor:
+    """A tensor of the graph that exists only while it is written."""
+    return ir.LazyTensor(
+        lambda: TorchTensor(compute().contiguous(), name=name),
+        dtype=from_torch_dtype(dtype),
+        shape=ir.Shape(shape),
+        name=name,
+    )
+
+
+def _fold_transposes(model: ir.Model) -> None:
+    """Store a weight that is only ever read transposed that way round, as `<name>.T`."""
+    for name, value in list(model.graph.initializers.items()):
+        readers = [node for node, _ in value.uses()]
+        orders = {tuple(node.attributes["perm"].as_ints()) if _is_transpose(node) else None for node in readers}
+        if value.is_graph_output() or len(orders) != 1 or None in orders or value.const_value is None:
+            continue
+        (order,) = orders
+        tensor = value.const_value
+        shape = torch.Size(tensor.shape.numpy()[axis] for axis in order)  # type: ignore[union-attr]
+        turned = ir.Value(name=f"{name}.T", type=value.type, shape=ir.Shape(shape))
+        turned.const_value = ir.LazyTensor(
+            lambda tensor=tensor, order=order: _turned(tensor, order),  # type: ignore[misc]
+            dtype=tensor.dtype,
+            shape=ir.Shape(shape),
+            name=turned.name,
+        )
+        model.graph.initializers.pop(name)
+        model.graph.register_initializer(turned)
+        for node in readers:
+            ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+            model.graph.remove(node, safe=True)
+
+
+def _is_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and node.domain == "" and "perm" in node.attributes and len(node.inputs) == 1
+
+
+def _turned(tensor: ir.TensorProtocol, order: tuple[int, ...] | None) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().transpose(order), dtype=tensor.dtype)
+
+
+def _unless_reading(protected: set[str]) -> Callable[[ir.Node], bool | None]:
+    return lambda node: False if any(each is not None and each.name in protected for each in node.inputs) else None
+
+
+def _rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def renamed(dimension: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dimension, int) or dimension.value is None:
+            return dimension if isinstance(dimension, int) else None
+        return symbol.sub(lambda match: names[match.group()], dimension.value)
+
+    graph = model.graph
+    for value in [*graph.inputs, *graph.outputs, *(out for node in graph.all_nodes() for out in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dimension) for dimension in value.shape])
+
+
+def _forget_machine(model: ir.Model) -> None:
+    """Stack traces name files of the machine that exported; the provenance of a node (`name_scopes`, `fx_node`) stays."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.endswith("stack_trace")]:
+            del node.metadata_props[key]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's notes about packages it does not need (torchvision)."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

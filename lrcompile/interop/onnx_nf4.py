@@ -1,0 +1,121 @@
+"""`nf4_linear` in ONNX, its codes carried over bit for bit.
+
+Where ONNX Runtime has a kernel for the layout this is com.microsoft's MatMulBnb4: y = x·(c[q]·m)ᵀ in float32. Elsewhere it is
+spelled in standard ONNX: Gather the pair of values of each byte, Mul by the block's maximum, Reshape, MatMul.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+from onnxscript import opset18 as op
+from torch.export import ExportedProgram
+
+from lrcompile import dialect_nf4 as dialect_nf4  # registers torch.ops.lrcompile.nf4_linear
+from lrcompile.kernels.nf4_linear import CODEBOOK, Nf4, decode_absmax
+from lrcompile.programs import Tensors
+
+NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
+_KERNEL_BLOCKS = (16, 32, 64, 128, 256)  # others load, and fail when the session runs
+_KERNEL_ELEMENTS = 2**31  # the kernel counts elements in int32
+_NF4 = 1
+
+_FLOAT, _BYTES = "T1", "T2"
+_SCHEMA = OpSchema(
+    "MatMulBnb4",
+    "com.microsoft",
+    1,
+    inputs=[
+        OpSchema.FormalParameter("A", _FLOAT),
+        OpSchema.FormalParameter("B", _BYTES),
+        OpSchema.FormalParameter("absmax", _FLOAT),
+    ],
+    outputs=[OpSchema.FormalParameter("Y", _FLOAT)],
+    type_constraints=[(_FLOAT, ["tensor(float)"], ""), (_BYTES, ["tensor(uint8)"], "")],
+    attributes=[
+        OpSchema.Attribute(name, OpSchema.AttrType.INT, required=True)
+        for name in ("K", "N", "block_size", "quant_type", "transB")
+    ],
+)
+_matmul_bnb4 = onnxscript.values.Op(onnxscript.values.Opset("com.microsoft", 1), "MatMulBnb4", _SCHEMA)
+
+
+def has_kernel(out_features: int, in_features: int, block_size: int, transposed: bool) -> bool:
+    """transposed storage has none: the kernel's transB=0 computes x·Wᵀ all the same."""
+    return not transposed and block_size in _KERNEL_BLOCKS and out_features * in_features < _KERNEL_ELEMENTS
+
+
+def expand_absmax(program: ExportedProgram) -> list[str]:
+    """Replace double-quantized block maxima by their exact float32 values; returns the names of all codes in the program."""
+    tensors, names = Tensors(program), []
+    for node in program.graph.nodes:
+        if node.target is not NF4_LINEAR:
+            continue
+        x, codes, absmax, scale, offset, *rest = node.args
+        names.append(tensors.targets[codes.name])
+        if scale is not None:
+            parts = [tensors.get(each) for each in (codes, absmax, scale, offset)]
+            name = f"{tensors.targets[absmax.name]}_float32"
+            node.args = (x, codes, tensors.add(name, decode_absmax(Nf4(*parts)), absmax), None, None, *rest)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return names
+
+
+def translation() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For `torch.onnx.export(custom_translation_table=…)`; the program's block maxima are expanded."""
+    return {NF4_LINEAR: _translate}
+
+
+def _translate(
+    x: Any, codes: Any, absmax: Any, absmax_scale: Any, absmax_offset: Any, bias: Any,
+    out_features: int, in_features: int, block_size: int, transposed: bool, compute_dtype: int,
+) -> Any:  # fmt: skip
+    outside = x.dtype
+    double = compute_dtype == ir.DataType.DOUBLE
+    compute = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
+    given = x if outside == compute else op.Cast(x, to=compute)
+    if has_kernel(out_features, in_features, block_size, transposed) and not double:
+        y = _matmul_bnb4(
+            given, codes, absmax, K=in_features, N=out_features, block_size=block_size, quant_type=_NF4, transB=1
+        )
+    else:
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        weight = _dequantized(codes, absmax, shape, block_size, compute)
+        y = op.MatMul(given, weight if transposed else op.Transpose(weight, perm=[1, 0]))
+    if bias is not None:
+        y = op.Add(y, bias if bias.dtype == compute else op.Cast(bias, to=compute))
+    return y if outside == compute else op.Cast(y, to=outside)
+
+
+def _dequantized(codes: Any, absmax: Any, shape: tuple[int, int], block_size: int, compute: ir.DataType) -> Any:
+    n = math.prod(shape)
+    numpy_type = compute.numpy()
+    pairs = _constant([(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)], numpy_type)
+    values = op.Reshape(op.Gather(pairs, op.Cast(codes, to=ir.DataType.INT32), axis=0), _constant([-1], "int64"))
+    peaks = op.Unsqueeze(op.Cast(absmax, to=compute), _constant([1], "int64"))
+    if n % block_size == 0:
+        weight = op.Mul(op.Reshape(values, _constant([-1, block_size], "int64")), peaks)
+    else:
+        spread = op.Reshape(
+            op.Expand(peaks, _constant([-(-n // block_size), block_size], "int64")), _constant([-1], "int64")
+        )
+        weight = op.Mul(_first(values, n), _first(spread, n))
+    return op.Reshape(weight, _constant(list(shape), "int64"))
+
+
+def _first(values: Any, n: int) -> Any:
+    return op.Slice(values, _constant([0], "int64"), _constant([n], "int64"))
+
+
+def _constant(values: Any, dtype: Any) -> Any:
+    import numpy as np
+
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(values, dtype)))
