@@ -1,0 +1,103 @@
+"""The training loop, and the baseline it must beat: the same number of steps on the head alone, the encoder frozen.
+
+Both minimise the mean cross-entropy of batches drawn in the same order, with gradients clipped to norm 1 and a learning
+rate that rises over the first tenth of the steps and falls linearly to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lrcompile.demo.model import TextClassifier, pad
+
+Tick = Callable[[int, float], None]  # (step from 1, loss)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids of each text, its label, and the id that pads."""
+
+    rows: list[list[int]]
+    labels: list[int]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        return pad([self.rows[i] for i in indices], self.pad_id)
+
+    def targets(self, indices: list[int]) -> Tensor:
+        return torch.tensor([self.labels[i] for i in indices])
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """All indices in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield list(range(start, min(start + size, len(self))))
+
+
+def schedule(examples: int, batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """The batches of a run, as indices: `epochs` passes (a fraction ends early), each reshuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = -(-examples // batch_size)
+    steps = max(1, round(epochs * per_epoch))
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        order = torch.randperm(examples, generator=generator).tolist()
+        batches += [order[start : start + batch_size] for start in range(0, examples, batch_size)]
+    return batches[:steps]
+
+
+def fit(loss_of: Callable[[list[int]], Tensor], optimizer: torch.optim.Optimizer, batches: list[list[int]], tick: Tick) -> list[float]:
+    """Take one step a batch; return the losses. `loss_of(indices)` is the batch's loss with its graph."""
+    warmup = max(1, len(batches) // 10)
+    rate = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / max(1, len(batches) - warmup)))
+    losses = []
+    for step, indices in enumerate(batches, start=1):
+        loss = loss_of(indices)
+        loss.backward()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rate.step()
+        losses.append(loss.item())
+        tick(step, losses[-1])
+    return losses
+
+
+def fit_adapter(
+    model: TextClassifier, optimizer: torch.optim.Optimizer, examples: Examples, batches: list[list[int]], tick: Tick
+) -> list[float]:
+    """Train whatever `optimizer` holds through the whole model; leaves it in eval mode."""
+
+    def loss_of(indices: list[int]) -> Tensor:
+        return model(**examples.batch(indices), labels=examples.targets(indices)).loss
+
+    model.train()
+    losses = fit(loss_of, optimizer, batches, tick)
+    model.eval()
+    return losses
+
+
+def fit_head(
+    model: TextClassifier, examples: Examples, batches: list[list[int]], lr: float, tick: Tick, features_tick: Tick
+) -> list[float]:
+    """Train the head on the frozen encoder's outputs, which are computed once: no step changes them."""
+    chunks = []
+    with torch.no_grad():
+        for step, indices in enumerate(examples.batches(len(batches[0])), start=1):
+            chunks.append(model.pooled(**examples.batch(indices)))
+            features_tick(step, 0.0)
+    features = torch.cat(chunks)
+
+    def loss_of(indices: list[int]) -> Tensor:
+        return F.cross_entropy(model.head(features[indices]), examples.targets(indices))
+
+    return fit(loss_of, torch.optim.AdamW(model.head.parameters(), lr=lr, weight_decay=0.0), batches, tick)
