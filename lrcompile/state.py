@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
+from lrcompile.folds import Fold
 from lrcompile.hosting import Host
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
@@ -16,14 +17,6 @@ from lrcompile.specs import Spec
 from lrcompile.trained import Trained
 
 _ATTRIBUTE = "_lrcompile"
-
-
-@dataclass
-class Fold:
-    """One weight that holds a merged update: what it held before, and whose parameter it shared."""
-
-    original: Tensor
-    tied_to: str | None = None
 
 
 @dataclass

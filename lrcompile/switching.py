@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
+from lrcompile.folds import Held, exchange
 from lrcompile.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, state_of
@@ -51,20 +52,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     sets = [adapter_set(model, site) for site in all_sites(state)]
     before = [adapters.active for adapters in sets]
     shown = list(dict.fromkeys(state.trained.in_place.values()))
-    folded = {name: fold.original for name, fold in state.folds.items()}
-    weights = {site.name: model.get_parameter(site.parameter) for site in all_sites(state) if site.name in folded}
-    merged_data = {name: weight.data for name, weight in weights.items()}
+    folded = [(site, state.folds[site.name].base) for site in all_sites(state) if site.name in state.folds]
+    merged: list[tuple[Site, Held]] = []
     try:
         for adapters in sets:
             adapters.active = ()
         state.trained.show(model, ())
-        for name, weight in weights.items():
-            weight.data = folded[name].to(weight.device)
+        for site, base in folded:
+            merged.append((site, exchange(model.get_submodule(site.host), site.slot, base)))
         rewrite_graphs(model, all_sites(state))
         yield model
     finally:
-        for name, weight in weights.items():
-            weight.data = merged_data[name]
+        for site, held in merged:
+            exchange(model.get_submodule(site.host), site.slot, held)
         for adapters, active in zip(sets, before, strict=True):
             adapters.active = active
         state.trained.show(model, shown)

@@ -1,0 +1,65 @@
+"""Which tensors of an adapter no gradient reaches: looked at once, before the first optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lrcompile.errors import TargetError
+from lrcompile.state import adapter_tensors, state_of
+
+PATIENCE = 100
+"""Steps to wait where layers are dropped at random, before a layer never seen counts as dead."""
+
+
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Look before the first step of `optimizer`; with layer drop, until every tensor was seen or patience ends."""
+    left = PATIENCE if _drops_layers(model) else 1
+
+    def look(*_: object) -> None:
+        nonlocal left
+        if left <= 0:
+            return
+        left -= 1
+        state = state_of(model)
+        seen = set() if state.dead is None else set(live_names(model)) - set(state.dead)
+        state.dead = tuple(name for name in dead_names(model) if name not in seen)
+        if not state.dead:
+            left = 0
+        elif left <= 0:
+            raise TargetError(dead_message(state.dead))
+
+    optimizer.register_step_pre_hook(look)
+
+
+def dead_names(model: nn.Module) -> list[str]:
+    """Adapter tensors that train and have no gradient after a backward pass. (An expert without a token has one, of zeros.)"""
+    return [name for name, tensor in _training(model) if tensor.grad is None]
+
+
+def live_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in _training(model)]
+
+
+def dead_message(names: Sequence[str]) -> str:
+    listed = "\n".join(f"  {name}" for name in names[:8]) + (f"\n  … ({len(names)} in all)" if len(names) > 8 else "")
+    return (
+        f"no gradient reaches {len(names)} adapter tensors:\n{listed}\nTheir weights are not used through their own modules on this path (read by a"
+        " parent, computed, under no_grad, or not at all). Exclude these sites, or fix the path."
+    )
+
+
+def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    state = state_of(model)
+    return [pair for name in state.training for pair in adapter_tensors(model, state, name) if pair[1].requires_grad]
+
+
+def _drops_layers(model: nn.Module) -> bool:
+    holders = [getattr(model, "config", None), *model.modules()]
+    return any(_probability(getattr(holder, key, 0)) > 0 for holder in holders for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
+
+
+def _probability(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -1,0 +1,267 @@
+"""`merge`: fold active adapters into the weights, measured; `unmerge`: the original bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import MergeError
+from lrcompile.folds import Fold, Held, exchange, on_host
+from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
+from lrcompile.matching import owners_of_parameters
+from lrcompile.sites.site import Site
+from lrcompile.nf4_modules import Layout, codes_of, is_nf4, layout_of
+from lrcompile.quantizing import base_of
+from lrcompile.state import State, adapter_set, all_sites, require_name, state_of
+from lrcompile.switching import rewrite_graphs
+from lrcompile.tables import render
+from lrcompile.wrapping import refuse_wrapped
+
+LOSS_LIMIT = 0.5
+"""Largest adapter-relative error a merge accepts: beyond it rounding has taken more than half of the update."""
+
+_INTO = ("keep", "float32", "bfloat16", "float16", "nf4")
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    name: str
+    dtype: str
+    relative_size: float
+    """‖Δ‖ / ‖W‖."""
+    adapter_relative_error: float
+    """‖(W' − W) − Δ‖ / ‖Δ‖: what rounding took of the update; 0 where Δ is 0."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to each weight; prints as a table."""
+
+    sites: tuple[FoldedSite, ...]
+    adapters: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> FoldedSite:
+        return max(self.sites, key=lambda site: site.adapter_relative_error)
+
+    @property
+    def adapter_relative_error(self) -> float:
+        return self.worst.adapter_relative_error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"adapters": list(self.adapters), "notes": list(self.notes), "sites": [vars(site) for site in self.sites]}
+
+    def __str__(self) -> str:
+        rows = [(s.name, s.dtype, f"{s.relative_size:.2e}", f"{s.adapter_relative_error:.2e}") for s in self.sites]
+        title = f"merged {', '.join(self.adapters)}: worst adapter-relative error {self.adapter_relative_error:.2e} at {self.worst.name}"
+        return render(("site", "dtype", "‖Δ‖/‖W‖", "error/‖Δ‖"), rows, title=title, notes=self.notes)
+
+
+def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", final: bool = False) -> MergeReport:
+    """W ← cast(W + Σ s·B·A), formed in float32 (float64 for a float64 base) with one rounding; in place.
+
+    Folds the active adapters, or the active one called `name`. The original bits stay on the host, so that `unmerge` is exact; with
+    `final=True` adapters and kept bits are dropped and a plain model of the original classes is left. On an NF4 base `into` must say
+    what the weight becomes: "float32", "bfloat16" or "float16" (dequantized and folded, exact but for one rounding), or "nf4"
+    (requantized from the kept original weights, with the loss measured).
+
+    Raises `MergeError` if something is merged already, nothing is active, or rounding would take more than half of the update at a
+    site (the model is then as it was).
+    """
+    refuse_wrapped(model, "merge")
+    state = state_of(model)
+    names = _names(state, name)
+    if into not in _INTO:
+        raise MergeError(f"into={into!r} is not valid: choose one of {', '.join(map(repr, _INTO))}")
+    chosen = [site for site in all_sites(state) if any(each in adapter_set(model, site) for each in names)]
+    _check_into(model, chosen, into)
+    owners = owners_of_parameters(model)
+    rows: list[FoldedSite] = []
+    try:
+        for site in chosen:
+            rows.append(_fold(model, state, site, names, into, owners))
+        if erased := [row for row in rows if row.adapter_relative_error > LOSS_LIMIT]:
+            raise MergeError(_erased_message(erased))
+    except BaseException:
+        _restore(model, state)
+        raise
+    state.merged = names
+    _mark(model, state)
+    _untie_config(model, state)
+    notes = tuple(f"{key}: untied from {fold.tied_to}" for key, fold in state.folds.items() if fold.tied_to)
+    report = MergeReport(tuple(rows), names, notes)
+    if final:
+        finalize(model)
+    return report
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the original bits of every weight back; the adapters act beside them again."""
+    state = state_of(model)
+    if not state.merged:
+        raise MergeError("the model is not merged")
+    _restore(model, state)
+    return model
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Drop adapters, kept bits and generated classes: what is left is a plain model that computes what the merged one does."""
+    from lrcompile.adapting import remove
+
+    state = state_of(model)
+    if left := [name for name in state.active if name not in state.merged]:
+        raise MergeError(f"adapter {left[0]!r} is active but not merged; merge all active adapters, or deactivate it, before final=True")
+    state.folds, state.merged, state.untied_config = {}, (), False
+    state.trained.forget()
+    remove(model)
+    return model
+
+
+def _names(state: State, name: str | None) -> tuple[str, ...]:
+    if state.merged:
+        raise MergeError(f"{', '.join(map(repr, state.merged))} is merged already; call lrcompile.unmerge(model) first")
+    if name is not None:
+        require_name(state, name)
+        if name not in state.active:
+            raise MergeError(f"adapter {name!r} is not active; call lrcompile.activate(model, {name!r}) first")
+        return (name,)
+    if not state.active:
+        raise MergeError("no adapter is active, so there is nothing to merge; call lrcompile.activate first")
+    return tuple(state.active)
+
+
+def _check_into(model: nn.Module, chosen: Sequence[Site], into: str) -> None:
+    hosts = {site.name: model.get_submodule(site.host) for site in chosen}
+    quantized = {name: host for name, host in hosts.items() if is_nf4(host)}
+    if not quantized:
+        if into != "keep":
+            raise MergeError(f"into={into!r} is for an NF4 base, and no merged weight is quantized: leave it out")
+        return
+    name, host = next(iter(quantized.items()))
+    if into == "keep":
+        raise MergeError(
+            f"{name!r} (of {len(quantized)} such sites) holds NF4 codes, on which a small update would round away: 2-3 % of it survives."
+            ' Keep the pair beside the base (export with adapters="inline": exact), or give into="bfloat16" or "float32" (dequantize and'
+            ' fold), or into="nf4" on a base quantized with keep_base="cpu" (requantizes W + Δ; the loss is measured).'
+        )
+    if into == "nf4":
+        if lost := [each for each, host in quantized.items() if base_of(host) is None]:
+            raise MergeError(
+                f'into="nf4" requantizes from the original weights, and those of {lost[0]!r} were not kept; quantize with keep_base="cpu"'
+            )
+        return
+    asked = getattr(torch, into)
+    if wrong := [each for each, host in quantized.items() if layout_of(host).dtype != asked]:
+        dtype = str(layout_of(hosts[wrong[0]]).dtype).removeprefix("torch.")
+        raise MergeError(
+            f"{wrong[0]!r} computes on {dtype} activations, so a plain {into} weight would not fit them; give into={dtype!r}, or cast the"
+            f" model first (model.to(torch.{into}))"
+        )
+
+
+def _fold(
+    model: nn.Module, state: State, site: Site, names: Sequence[str], into: str, owners: dict[int, list[str]]
+) -> FoldedSite:
+    host = model.get_submodule(site.host)
+    before, new = _folded_nf4(host, into) if is_nf4(host) else (host._parameters[site.slot], None)
+    assert before is not None
+    dtype = before.dtype if new is None else new.dtype
+    wide = torch.promote_types(before.dtype, torch.float32)
+    with torch.no_grad():
+        adapters = adapter_set(model, site)
+        delta = sum(adapters[name].delta(wide).to(before.device) for name in names if name in adapters)
+        assert isinstance(delta, Tensor)
+        delta = delta.mT if site.transposed else delta
+        start = before if new is None else new.start
+        folded = (start.to(wide) + delta).to(dtype)
+        held = Held(data=folded)
+        if new is not None and new.requantize is not None:
+            held = Held(codes=new.requantize(folded))
+            folded = dequantize_nf4(held.codes[0], folded.shape, new.layout.block_size)  # type: ignore[index]
+        row = _measure(site.name, before, folded, delta, into if new is not None else None)
+    others = [other for other in owners.get(id(host._parameters.get(site.slot)), ()) if other != site.parameter]
+    if others:
+        state.folds[site.name] = Fold(Held(data=before.data), tied_to=others[0])
+        host._parameters[site.slot] = nn.Parameter(folded, requires_grad=before.requires_grad)
+    else:
+        state.folds[site.name] = Fold(on_host(exchange(host, site.slot, held)))
+    return row
+
+
+@dataclass(frozen=True)
+class _FromCodes:
+    """How an NF4 weight is folded: from which values, into which dtype, and back into which codes."""
+
+    start: Tensor
+    dtype: torch.dtype
+    layout: Layout
+    requantize: Callable[[Tensor], tuple[Nf4, Layout]] | None = None
+
+
+def _folded_nf4(host: nn.Module, into: str) -> tuple[Tensor, _FromCodes]:
+    layout = layout_of(host)
+    values = dequantize_nf4(codes_of(host), layout.shape, layout.block_size)
+    if into != "nf4":
+        return values, _FromCodes(values, getattr(torch, into), layout)
+    double = codes_of(host).absmax_scale is not None
+    start = base_of(host).to(values.device, torch.float32)
+    return values, _FromCodes(start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout))
+
+
+def _measure(name: str, before: Tensor, after: Tensor, delta: Tensor, into: str | None) -> FoldedSite:
+    wide = delta.double()
+    size = wide.norm()
+    lost = ((after.double() - before.double()) - wide).norm()
+    weight = before.double().norm()
+    return FoldedSite(
+        name=name,
+        dtype=into or str(after.dtype).removeprefix("torch."),
+        relative_size=float(size / weight) if weight > 0 else float("inf") if size > 0 else 0.0,
+        adapter_relative_error=float(lost / size) if size > 0 else 0.0,
+    )
+
+
+def _erased_message(erased: Sequence[FoldedSite]) -> str:
+    worst = max(erased, key=lambda row: row.adapter_relative_error)
+    return (
+        f"rounding to {worst.dtype} would take {worst.adapter_relative_error:.0%} of the update at {worst.name!r} (and more than half at"
+        f" {len(erased)} sites in all), whose size is {worst.relative_size:.1e} of the weight's. Merge a float32 copy (model.float()), or keep"
+        " the adapter beside the base."
+    )
+
+
+def _restore(model: nn.Module, state: State) -> None:
+    for site in all_sites(state):
+        fold = state.folds.get(site.name)
+        if fold is None:
+            continue
+        host = model.get_submodule(site.host)
+        if fold.tied_to is not None:
+            host._parameters[site.slot] = model.get_parameter(fold.tied_to)
+        else:
+            exchange(host, site.slot, fold.base)
+    state.folds, state.merged = {}, ()
+    if state.untied_config:
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        state.untied_config = False
+    _mark(model, state)
+
+
+def _mark(model: nn.Module, state: State) -> None:
+    for site in all_sites(state):
+        adapter_set(model, site).merged = state.merged
+    rewrite_graphs(model, all_sites(state))
+
+
+def _untie_config(model: nn.Module, state: State) -> None:
+    """A checkpoint of the merged model must not be tied again on load."""
+    config = getattr(model, "config", None)
+    if any(fold.tied_to for fold in state.folds.values()) and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        state.untied_config = True
+

@@ -1,0 +1,113 @@
+"""The proof `apply(…, example_inputs=…)` asks for: every adapter is reached, gets a gradient, and merges to the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lrcompile.errors import TargetError
+from lrcompile.liveness import dead_message, dead_names
+from lrcompile.sites.site import Site
+from lrcompile.state import adapter_set, adapter_tensors, state_of
+
+
+def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
+    """Raise `TargetError` naming the sites where the adapter `name` does not act exactly as its weight does.
+
+    B is random while the proof runs (zero would prove nothing) and restored afterwards, as are gradients, modes and random state.
+    """
+    state = state_of(model)
+    with _probing(model, name):
+        _run(model.train(), example_inputs, backward=True)
+        state.dead = tuple(dead_names(model))
+        if state.dead:
+            raise TargetError(dead_message(state.dead))
+        model.eval()
+        if state.sites[name][0].graph is None and any("weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]):
+            return  # an NF4 weight cannot be folded without saying into what
+        if bad := _bypassed(model, name, example_inputs):
+            listed = "\n".join(f"  {site.name}" for site in bad)
+            raise TargetError(
+                f"merging changes what the model computes, so the weight is also used past its adapter, at:\n{listed}\nExclude these sites."
+            )
+
+
+def _bypassed(model: nn.Module, name: str, example_inputs: Any) -> list[Site]:
+    """Sites whose merged weight computes something else than weight and adapter, each tried alone if all together disagree."""
+    state = state_of(model)
+    plain = _run(model, example_inputs)
+    if _agree(model, name, state.sites[name], plain, example_inputs):
+        return []
+    return [site for site in state.sites[name] if not _agree(model, name, (site,), plain, example_inputs)]
+
+
+def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Tensor], example_inputs: Any) -> bool:
+    """Is the change by folding these sites small beside the change by switching them off?"""
+    sets = [adapter_set(model, site) for site in chosen]
+    weights = [model.get_parameter(site.parameter) for site in chosen]
+    kept = [weight.data for weight in weights]
+    before = [adapters.active for adapters in sets]
+    from lrcompile.switching import rewrite_graphs
+
+    try:
+        for adapters in sets:
+            adapters.active = tuple(other for other in adapters.active if other != name)
+        rewrite_graphs(model, chosen)
+        off = _run(model, example_inputs)
+        for site, adapters, weight in zip(chosen, sets, weights, strict=True):
+            delta = adapters[name].delta().to(weight.device)
+            weight.data = weight.data + (delta.mT if site.transposed else delta).to(weight.dtype)
+        folded = _run(model, example_inputs)
+    finally:
+        for weight, data, adapters, active in zip(weights, kept, sets, before, strict=True):
+            weight.data, adapters.active = data, active
+        rewrite_graphs(model, chosen)
+    error = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, folded, strict=True))
+    effect = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, off, strict=True))
+    rounding = max((torch.finfo(weight.dtype).eps for weight in weights), default=0.0)
+    size = sum(float(value.double().norm()) for value in plain)
+    return error <= 0.1 * effect + 64 * rounding * size
+
+
+@contextmanager
+def _probing(model: nn.Module, name: str) -> Iterator[None]:
+    state = state_of(model)
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    factors = [(tensor, tensor.detach().clone()) for _, tensor in adapter_tensors(model, state, name)]
+    devices = sorted({t.device.index for t, _ in factors if t.device.type == "cuda" and t.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            with torch.no_grad():
+                for tensor, _ in factors:
+                    tensor.normal_(0, tensor.shape[-1] ** -0.5)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in factors:
+                    tensor.copy_(value)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for module, mode in modes:
+                module.training = mode
+
+
+def _run(model: nn.Module, example_inputs: Any, *, backward: bool = False) -> list[Tensor]:
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs)
+    with torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        if backward:
+            wanted = [t for t in floats if t.requires_grad]
+            if wanted:
+                torch.autograd.backward(wanted, [torch.randn_like(t) for t in wanted])
+    return floats

@@ -1,0 +1,181 @@
+"""`quantize`: hold the weights of linear maps as NF4 codes; `dequantize` takes it back where the originals were kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
+from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, quantize_nf4
+from lrcompile.nf4_modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
+from lrcompile.nf4_targets import chosen
+from lrcompile.progress import shown
+from lrcompile.sites import ADAPTERS
+from lrcompile.state import has_state, state_of
+from lrcompile.targeting import ALL_LINEAR
+from lrcompile.wrapping import refuse_wrapped
+
+__all__ = ["Quantization", "base_of", "dequantize", "is_nf4", "nf4_weight", "quantization_of", "quantize"]
+
+_log = logging.getLogger(__name__)
+_BASE = "_lrcompile_nf4_base"
+_RECORD = "_lrcompile_quantization"
+_COMPUTE = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the last `quantize` did: `quantized` names, and by name why a linear map was `spared`."""
+
+    block_size: int
+    double_quant: bool
+    quantized: tuple[str, ...]
+    spared: dict[str, str]
+    reversible: bool
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str = "nf4",
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute_dtype: str | torch.dtype | None = None,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    exclude: str | Sequence[str] | None = None,
+    keep_base: str | None = None,
+) -> nn.Module:
+    """W ≈ c[q]·m in each targeted linear map: 4 bits an element and one maximum a block, codes as bitsandbytes' NF4.
+
+    Changes `model` in place and returns it: each `nn.Linear` and `transformers` `Conv1D` keeps its class (a subclass of
+    it), bias, hooks and name; `weight` gives way to the buffers `weight_codes`, `weight_absmax` and, with
+    `double_quant`, `weight_absmax_scale` and `weight_absmax_offset`. The product is formed in `compute_dtype` (None:
+    the weight's own). Works before `apply` (QLoRA) and after `merge(final=True)` (deployment). `"all-linear"` spares
+    output heads, routers and what cannot be stored so, and `quantization_of(model).spared` says why; anything named
+    outright is quantized or refused. One-way, unless `keep_base="cpu"` keeps the original bits in host memory for
+    `dequantize`.
+
+    Raises `SpecError` for an option, `TargetError` for a target, `AdapterError` for a model that is wrapped, adapted or
+    merged; the model is then as it was.
+    """
+    compute = _checked_options(scheme, block_size, double_quant, compute_dtype, keep_base)
+    refuse_wrapped(model, "quantize")
+    _refuse_merged(model)
+    modules, spared = chosen(model, targets, () if exclude is None else exclude)
+    stored = [
+        (module, *_stored(name, module, block_size, double_quant, compute))
+        for name, module in shown(modules.items(), "quantizing to NF4", len(modules))
+    ]
+    bases = [_kept(module, keep_base) for module in modules.values()] if keep_base else []
+    for module, nf4, layout in stored:
+        attach(module, nf4, layout)
+    for module, base in zip(modules.values(), bases, strict=False):
+        module.__dict__[_BASE] = base
+    model.__dict__[_RECORD] = Quantization(block_size, double_quant, tuple(modules), spared, keep_base is not None)
+    for name, reason in spared.items():
+        _log.info("%s stays as it is: %s", name, reason)
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Undo `quantize(..., keep_base="cpu")`, bit for bit: weights, classes and `requires_grad` as before.
+
+    A weight comes back on the device its codes are on, and in another dtype only where the module was cast since.
+    `AdapterError` if nothing is quantized, an original was not kept, or an adapter sits on top; the model is then as it
+    was.
+    """
+    refuse_wrapped(model, "dequantize")
+    found = {name: module for name, module in model.named_modules() if is_nf4(module)}
+    if not found:
+        raise AdapterError(f"this {type(model).__name__} has no weight stored as NF4")
+    if lost := [name for name, module in found.items() if _BASE not in module.__dict__]:
+        raise AdapterError(
+            f"the original weights of {_listed(lost)} were not kept; quantize(..., keep_base='cpu') keeps them"
+        )
+    if adapted := [name for name, module in found.items() if ADAPTERS in module._modules]:
+        raise AdapterError(f"{_listed(adapted)} carry an adapter; call lrcompile.remove first")
+    bases = {name: _returned(module) for name, module in found.items()}
+    for name, module in found.items():
+        detach(module, bases[name])
+        del module.__dict__[_BASE]
+    for module in model.modules():
+        module.__dict__.pop(_RECORD, None)
+    return model
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """What the last `quantize` of `model` did, None if there was none."""
+    return model.__dict__.get(_RECORD)
+
+
+def base_of(module: nn.Module) -> nn.Parameter | None:
+    """The original weight that `keep_base` kept, as stored, None if it was not."""
+    return module.__dict__.get(_BASE)
+
+
+def _stored(
+    name: str, module: nn.Module, block_size: int, double_quant: bool, compute: torch.dtype | None
+) -> tuple[Nf4, Layout]:
+    weight: torch.Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    try:
+        nf4 = quantize_nf4(weight, block_size, double_quant)
+    except ValueError as error:
+        raise TargetError(f"{name or 'the model'}: {error}; repair it, or leave it out with exclude=") from error
+    transposed = not isinstance(module, nn.Linear)
+    out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+    return nf4, Layout(out_features, in_features, transposed, block_size, weight.dtype, compute)
+
+
+def _kept(module: nn.Module, device: str) -> nn.Parameter:
+    """A weight that lives on the host already is kept itself, so that its identity comes back too."""
+    weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
+    return weight if weight.device.type == device else nn.Parameter(weight.detach().to(device), weight.requires_grad)
+
+
+def _returned(module: nn.Module) -> nn.Parameter:
+    base: nn.Parameter = module.__dict__[_BASE]
+    device, dtype = codes_of(module).codes.device, layout_of(module).dtype
+    if (base.device, base.dtype) == (device, dtype):
+        return base
+    return nn.Parameter(base.detach().to(device=device, dtype=dtype), base.requires_grad)
+
+
+def _checked_options(
+    scheme: str, block_size: int, double_quant: bool, compute_dtype: str | torch.dtype | None, keep_base: str | None
+) -> torch.dtype | None:
+    if scheme != "nf4":
+        raise SpecError(f"scheme is {scheme!r}; expected 'nf4'", field="scheme")
+    if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise SpecError(f"block_size is {block_size!r}; expected one of {sizes}", field="block_size")
+    if not isinstance(double_quant, bool):
+        raise SpecError(f"double_quant is {double_quant!r}; expected True or False", field="double_quant")
+    if keep_base not in (None, "cpu"):
+        raise SpecError(f"keep_base is {keep_base!r}; expected None or 'cpu'", field="keep_base")
+    if compute_dtype is None:
+        return None
+    name = str(compute_dtype).removeprefix("torch.")
+    if name not in _COMPUTE:
+        expected = ", ".join(_COMPUTE)
+        raise SpecError(
+            f"compute_dtype is {compute_dtype!r}; expected None or one of {expected}", field="compute_dtype"
+        )
+    return _COMPUTE[name]
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for module in model.modules():
+        if has_state(module) and state_of(module).merged:
+            raise MergeError(
+                "an adapter is merged, its originals kept; call merge(model, final=True) or unmerge, then quantize"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,133 @@
+"""`report`: one row a site, what was left alone and why, what trains, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lrcompile import sites
+from lrcompile.errors import require
+from lrcompile.state import adapter_set, adapter_tensors, state_of
+from lrcompile.tables import render
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    adapted: bool
+    dead: bool | None
+    """No gradient reaches it; None as long as nobody looked (the first optimizer step does, or `apply(example_inputs=…)`)."""
+    reason: str
+    """Why it is not adapted, or what else is to be said."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sites, adapters and totals of an adapted model; prints as a table."""
+
+    sites: tuple[Row, ...]
+    adapters: tuple[str, ...]
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    trainable: int
+    """Trainable numbers, fully trained parameters included."""
+    total: int
+    """All numbers of the model, adapters included; an NF4 code counts as two."""
+    trainable_bytes: int
+    base_bytes: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (r.name, r.kind, r.in_features, r.out_features, "-" if r.rank is None else r.rank, _mark(r), r.reason) for r in self.sites
+        ]
+        hit = sum(row.adapted for row in self.sites)
+        title = (
+            f"adapters: {', '.join(self.adapters)} (active: {', '.join(self.active) or 'none'}"
+            f"{'; merged: ' + ', '.join(self.merged) if self.merged else ''})\n"
+            f"sites: {hit} adapted, {len(self.sites) - hit} left alone · trainable: {self.trainable:,} of {self.total:,}"
+            f" ({self.trainable / max(self.total, 1):.3%}, {_size(self.trainable_bytes)}) · base: {_size(self.base_bytes)}"
+        )
+        return render(("site", "kind", "in", "out", "rank", "adapted", "why"), rows, title=title, notes=self.notes)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw trainable numbers by site as a picture (PNG, SVG or PDF by suffix)."""
+        require("matplotlib", "demo")
+        from matplotlib.figure import Figure
+
+        rows = [row for row in self.sites if row.adapted]
+        figure = Figure(figsize=(9, max(2.0, 0.22 * len(rows) + 1)), layout="constrained")
+        axes = figure.add_subplot()
+        numbers = [(row.rank or 0) * (row.in_features + row.out_features) for row in rows]
+        axes.barh([row.name for row in rows], numbers, color=["tab:red" if row.dead else "tab:blue" for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("trainable numbers (red: no gradient reaches it)")
+        axes.tick_params(axis="y", labelsize=7)
+        figure.savefig(path, dpi=150)
+        return Path(path)
+
+
+def report(model: nn.Module) -> Report:
+    """What lrcompile did to `model`. Raises `AdapterError` if it has no adapter."""
+    state = state_of(model)
+    dead = state.dead
+    rows: dict[str, Row] = {}
+    for adapter, found in state.sites.items():
+        killed = {name for name, _ in adapter_tensors(model, state, adapter)} & set(dead or ())
+        for site in found:
+            lies = None if dead is None else any(name.startswith(_prefix(site.host, site.slot)) for name in killed)
+            own = adapter_set(model, site)[adapter]
+            copies = f"{site.copies} copies" if site.copies else ""
+            rows[site.name] = Row(site.name, site.kind, site.in_features, site.out_features, own.rank, True, lies, copies)
+    for spared in state.spared.values():
+        for site, why in spared:
+            rows.setdefault(site.name, Row(site.name, site.kind, site.in_features, site.out_features, None, False, None, why))
+    training = [p for p in model.parameters() if p.requires_grad]
+    base = [t for name, t in [*model.named_parameters(), *model.named_buffers()] if sites.ADAPTERS not in name.split(".")]
+    added = sum(p.numel() for name, p in model.named_parameters() if sites.ADAPTERS in name.split("."))
+    return Report(
+        sites=tuple(rows.values()),
+        adapters=tuple(state.specs),
+        active=tuple(state.active),
+        merged=state.merged,
+        trainable=sum(p.numel() for p in training),
+        total=added + sum(_numbers(name, t) for name, t in _named_base(model)),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in training),
+        base_bytes=sum(t.numel() * t.element_size() for t in base),
+        notes=tuple(state.notes),
+    )
+
+
+def _named_base(model: nn.Module) -> list[tuple[str, Any]]:
+    codes = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("weight_codes")]
+    return [(name, p) for name, p in model.named_parameters() if sites.ADAPTERS not in name.split(".")] + codes
+
+
+def _numbers(name: str, tensor: Any) -> int:
+    return tensor.numel() * (2 if name.endswith("weight_codes") else 1)
+
+
+def _prefix(host: str, slot: str) -> str:
+    return ".".join(part for part in (host, sites.ADAPTERS, slot) if part) + "."
+
+
+def _mark(row: Row) -> str:
+    return ("dead" if row.dead else "yes") if row.adapted else "no"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
