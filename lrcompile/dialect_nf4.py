@@ -1,9 +1,9 @@
 """`lrcompile::nf4_linear`, the one opaque op of the dialect: y = x·dq(W)ᵀ + b with W kept as NF4 codes.
 
-Plain autograd would keep the dequantized weight alive until the backward pass and lose QLoRA's memory. So the op is opaque to
-autograd and to AOT's partitioner, saves nothing but the codes, and dequantizes again: δx = δy·dq(W) is the same op with its two
-features exchanged and the other storage order, which also makes it differentiable to any order. Lowerings replace it by
-`nf4_linear_aten`; it must not be written into a file, since a fresh process could not load it.
+Plain autograd would keep the dequantized weight alive until the backward pass and lose QLoRA's memory. So the op is
+opaque to autograd and to AOT's partitioner, saves nothing but the codes, and dequantizes again: δx = δy·dq(W) is the
+same op with its two features exchanged and the other storage order, which also makes it differentiable to any order.
+Lowerings replace it by `nf4_linear_aten`; it must not be written into a file, since a fresh process could not load it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ def _checked(
     x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, block_size: int,
 ) -> Nf4:  # fmt: skip
-    """The same refusals from the kernel and from its fake: out-of-range codes would otherwise be read past their end."""
-    torch._check(block_size in BLOCK_SIZES, lambda: f"nf4_linear: block_size is {block_size}, expected one of {BLOCK_SIZES}")
+    """The same refusals from the kernel and from its fake: codes too short would otherwise be read past their end."""
+    torch._check(
+        block_size in BLOCK_SIZES, lambda: f"nf4_linear: block_size is {block_size}, expected one of {BLOCK_SIZES}"
+    )
     n_codes, n_blocks, n_scales = nf4_shapes(out_features * in_features, block_size)
     torch._check(x.is_floating_point(), lambda: f"nf4_linear: x is {x.dtype}, expected a floating dtype")
     torch._check(x.dim() > 0, lambda: "nf4_linear: x is 0-d, expected [..., in_features]")
     torch._check(
-        x.shape[-1] == in_features, lambda: f"nf4_linear: x is {tuple(x.shape)}, expected [..., {in_features}] (in_features)"
+        x.shape[-1] == in_features,
+        lambda: f"nf4_linear: x is {tuple(x.shape)}, expected [..., {in_features}] (in_features)",
     )
-    held = [("codes", codes, (n_codes,), torch.uint8)]
+    held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("codes", codes, (n_codes,), torch.uint8)]
     if absmax_scale is None or absmax_offset is None:
         torch._check(
             absmax_scale is None and absmax_offset is None,
@@ -57,7 +60,7 @@ def _checked(
     for name, tensor, shape, dtype in held:
         torch._check(
             tuple(tensor.shape) == shape and tensor.dtype == dtype,
-            lambda name=name, tensor=tensor, shape=shape, dtype=dtype: (  # type: ignore[misc]
+            lambda name=name, tensor=tensor, shape=shape, dtype=dtype: (
                 f"nf4_linear: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape} for a weight of "
                 f"{out_features} x {in_features} in blocks of {block_size}"
             ),
@@ -132,7 +135,7 @@ torch.library.register_autograd("lrcompile::nf4_linear", _backward, setup_contex
 
 
 def _autocast(device_type: str, x: Tensor, *rest: Any) -> Tensor:
-    """Under autocast a linear map computes, and answers, in autocast's dtype; float64 is left alone, as autocast does."""
+    """A linear map computes and answers in autocast's dtype; float64 is left alone, as everywhere under it."""
     *args, compute_dtype = rest
     if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
         lower = torch.get_autocast_dtype(device_type)
@@ -147,12 +150,11 @@ for _device_type, _key in _AUTOCAST_KEYS.items():
     LIBRARY.impl("nf4_linear", partial(_autocast, _device_type), _key.name)
 
 
-
 def decompose(module: GraphModule) -> bool:
     """Replace each `nf4_linear` of a graph (`exported.module()`, say) by its plain form, in place; was there one?
 
-    The result is to be captured again, which traces through `nf4_linear_aten`. The code tables become buffers of `module`, one
-    pair a device: a decomposition inside `ExportedProgram.run_decompositions` could not add a constant.
+    The result is to be captured again, which traces through `nf4_linear_aten`. The code tables become buffers of
+    `module`, one pair a device: a decomposition inside `ExportedProgram.run_decompositions` could not add a constant.
     """
     nodes = [node for node in module.graph.nodes if node.target is torch.ops.lrcompile.nf4_linear.default]
     for node in nodes:

@@ -22,7 +22,8 @@ class Host:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = object.__reduce_ex__(self, protocol)
-        return (_rebuild, (self._lrcompile_mixin, self._lrcompile_original), *reduced[2:])
+        mixins, original = stack(type(self))  # type: ignore[arg-type]
+        return (_rebuild, (mixins, original), *reduced[2:])
 
 
 @cache
@@ -37,8 +38,24 @@ def host_class(mixin: type[Host], original: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}{original.__name__}", (mixin, original), body)
 
 
-def _rebuild(mixin: type[Host], original: type[nn.Module]) -> nn.Module:
-    cls = host_class(mixin, original)
+def stack(cls: type[nn.Module]) -> tuple[list[type[Host]], type[nn.Module]]:
+    """The mixins of a generated class, outermost first, and the class the user wrote below them."""
+    mixins: list[type[Host]] = []
+    while "_lrcompile_original" in cls.__dict__:
+        mixins.append(cls.__dict__["_lrcompile_mixin"])
+        cls = cls.__dict__["_lrcompile_original"]
+    return mixins, cls
+
+
+def stacked(mixins: list[type[Host]], original: type[nn.Module]) -> type[nn.Module]:
+    """Inverse of `stack`."""
+    for mixin in reversed(mixins):
+        original = host_class(mixin, original)
+    return original
+
+
+def _rebuild(mixins: list[type[Host]], original: type[nn.Module]) -> nn.Module:
+    cls = stacked(mixins, original)
     return cls.__new__(cls)
 
 
@@ -64,7 +81,4 @@ def hosted_by(module: nn.Module, mixin: type[Host]) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class the user wrote, below every generated one."""
-    cls = type(module)
-    while "_lrcompile_original" in cls.__dict__:
-        cls = cls.__dict__["_lrcompile_original"]
-    return cls
+    return stack(type(module))[1]

@@ -1,4 +1,4 @@
-"""`quantize`: hold the weights of linear maps as NF4 codes; `dequantize` takes it back where the originals were kept."""
+"""`quantize`: hold weights of linear maps as NF4 codes; `dequantize` takes it back where the originals were kept."""
 
 from __future__ import annotations
 

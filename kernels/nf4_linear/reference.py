@@ -1,7 +1,9 @@
-"""NF4: w ≈ c[q]·m, q the 4-bit code of an element and m = max|w| of its block of consecutive elements  (arXiv 2305.14314).
+"""NF4: w ≈ c[q]·m, q the 4-bit code of an element and m = max|w| of its block of consecutive elements  (arXiv
+2305.14314).
 
-Codes, thresholds, packing and double quantization are bitsandbytes', bit for bit away from ties (where its own CPU and CUDA paths
-disagree): a stored model reads the same in either library. Everything here is plain torch; a faster kernel is checked against it.
+Codes, thresholds, packing and double quantization are bitsandbytes', bit for bit away from ties (where its own CPU and
+CUDA paths disagree): a stored model reads the same in either library. Everything here is plain torch; a faster kernel
+is checked against it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ SMALLEST = 1e-38
 def _dynamic_codebook() -> tuple[float, ...]:
     """0, 1 and ±10^(i−6)·midpoints of linspace(0.1, 1, 2^i + 1), i = 0…6: 256 values, dense near zero.
 
-    Written out in the roundings of `torch.linspace`, which bitsandbytes uses, so that the table is the same on every machine.
+    Written out in the roundings of `torch.linspace`, which bitsandbytes uses, so that the table is the same on every
+    machine.
     """
     first, last = np.float32(0.1), np.float32(1.0)
     values = [0.0, 1.0]
@@ -54,8 +57,9 @@ DYNAMIC_CODEBOOK = _dynamic_codebook()
 class Nf4(NamedTuple):
     """One weight in storage: flat, row-major, blocks running across row ends, the last one possibly short.
 
-    codes uint8 `[⌈n/2⌉]`, element 2i in the high nibble · absmax float32 `[⌈n/block⌉]`; or, double-quantized, uint8 of that shape with
-    absmax_scale float32 `[⌈blocks/256⌉]` and absmax_offset float32 0-d: absmax = d[code]·scale + offset.
+    codes uint8 `[⌈n/2⌉]`, element 2i in the high nibble · absmax float32 `[⌈n/block⌉]`; or, double-quantized, uint8 of
+    that shape with absmax_scale float32 `[⌈blocks/256⌉]` and absmax_offset float32 0-d: absmax = d[code]·scale +
+    offset.
     """
 
     codes: Tensor
@@ -65,7 +69,7 @@ class Nf4(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The constants as tensors: `pairs` float32 `[256, 2]` decodes a byte into its two values, `dynamic` float32 `[256]` a block's maximum."""
+    """The constants in float32: `pairs` `[256, 2]` decodes a byte into two values, `dynamic` `[256]` a maximum."""
 
     pairs: Tensor
     dynamic: Tensor
@@ -90,15 +94,19 @@ def nf4_shapes(numel: int, block_size: int) -> tuple[int, int, int]:
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Nf4:
-    """q = #{k : w/m > t_k}, t the midpoints of neighbouring code values (a tie takes the lower code), m = max|w| of the block.
+    """q = #{k : w/m > t_k}, t the midpoints of neighbouring code values (a tie takes the lower code), m = max|w| of the
+    block.
 
-    `weight` any floating dtype and shape, not empty; computed in float32. Per element |w − dq(q)| ≤ 0.1519·m. On the meta device the
-    result has shapes and dtypes only. ValueError: block size, dtype, an empty weight, a value that is NaN or overflows float32.
+    `weight` any floating dtype and shape, not empty; computed in float32. Per element |w − dq(q)| ≤ 0.1519·m. On the
+    meta device the result has shapes and dtypes only. ValueError: block size, dtype, an empty weight, a value that is
+    NaN or overflows float32.
     """
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
     if not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(f"NF4 stores a floating weight that is not empty, got {weight.dtype} of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"NF4 stores a floating weight that is not empty, got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
     flat = weight.detach().reshape(-1)
     n, device = flat.numel(), flat.device
     n_codes, n_blocks, n_scales = nf4_shapes(n, block_size)
@@ -137,7 +145,7 @@ def _nearest(flat: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor,
 
 
 def decode_absmax(nf4: Nf4, dtype: torch.dtype = torch.float32, constants: Tables | None = None) -> Tensor:
-    """m = d[code]·scale + offset, or the stored maxima; in float64 when `dtype` is, else in float32. Shape `[blocks]`."""
+    """m = d[code]·scale + offset, or the stored maxima; in float64 if `dtype` is, else in float32. Shape `[blocks]`."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
     if nf4.absmax_scale is None or nf4.absmax_offset is None:
         return nf4.absmax.to(working)
@@ -161,7 +169,8 @@ def dequantize_nf4(
 ) -> Tensor:
     """W = c[q]·m, formed in float32 and rounded once to `dtype`; formed in float64 throughout when that is `dtype`.
 
-    Returns a contiguous `shape`. `chunk` elements are worked on at a time; None does all at once, in ops that a graph can hold.
+    Returns a contiguous `shape`. `chunk` elements are worked on at a time; None does all at once, in ops that a graph
+    can hold.
     """
     n = math.prod(shape)
     constants = constants or tables(nf4.codes.device)
