@@ -28,7 +28,7 @@ class Family:
     inputs: str = "tokens"
     also: tuple[str, ...] = ()  # a second set of targets, by name: embeddings, experts, attention, raw parameters
     refused: str = ""  # what the refusal of `also` says, as a regex, where one is due
-    unused: tuple[str, ...] = ()  # linear maps which the base itself never multiplies by
+    bypassed: tuple[str, ...] = ()  # linear maps whose own module is never called: unused, or read by their parent
     narrow: tuple[str, ...] = ()  # linear maps narrower than the rank the others get: these get rank 1
     base_exports: bool = True  # False: torch.export cannot capture the base either, so no adapter is to blame
 

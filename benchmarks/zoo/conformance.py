@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lrcompile
 
 LIMIT = 16
-CHECKS = ("start", "live", "gradients", "copied", "disabled", "merged", "unmerged", "loaded", "exported", "removed")
+CHECKS = ("start", "live", "copied", "disabled", "merged", "unmerged", "loaded", "exported", "gradients", "removed")
 Build = Callable[[], tuple[nn.Module, Any]]
 
 
@@ -55,7 +55,7 @@ class _Trial:
         self.rounding = _rounding(self.model, self.run, self.adapted)
 
     def _references(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The base as `apply` leaves it, frozen: `torch.matmul` picks its kernel by `requires_grad`, so flags decide bits.
+        """The base as `apply` leaves it: frozen, since `requires_grad` decides which kernel `torch.matmul` picks.
 
         The second without the fused attention kernels, whose bits an adapted attention cannot have.
         """
