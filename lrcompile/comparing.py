@@ -14,7 +14,9 @@ from lrcompile.verdict import Limits, OutputRow
 
 @dataclass
 class Expected:
-    """What one set of inputs should give: y64 with its bounds, the eager outputs, and y64 of the base when there is an adapter."""
+    """What one set of inputs should give: y64 with its bounds, the eager outputs, and y64 of the base when there is an
+    adapter.
+    """
 
     bounds: dict[str, Deviation]
     integers: dict[str, Tensor]
@@ -83,7 +85,7 @@ def _reasons(row: OutputRow, bound: Deviation, norm: float, exact_norm: float, l
 
 
 def difference(value: Tensor, bound: Deviation) -> Tensor | None:
-    """value − y64 where both are finite, flat, in float64; None where NaN and infinities do not coincide."""
+    """value - y64 where both are finite, flat, in float64; None where NaN and infinities do not coincide."""
     exact = bound.exact
     value = value.to(exact.device, exact.dtype)
     finite = torch.isfinite(exact)
@@ -97,14 +99,17 @@ def difference(value: Tensor, bound: Deviation) -> Tensor | None:
 
 
 def _logits(value: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Mean over positions of KL(softmax y64 ‖ softmax y) in nats, and the share of positions with the same largest logit."""
+    """Mean over positions of KL(softmax y64 ‖ softmax y) in nats, and the share of positions with the same largest
+    logit.
+    """
     mine, theirs = torch.log_softmax(exact, -1), torch.log_softmax(value.to(exact.device, exact.dtype), -1)
     kl = (mine.exp() * (mine - theirs)).nan_to_num().sum(-1).mean()
     return max(float(kl), 0.0), float((exact.argmax(-1) == value.to(exact.device).argmax(-1)).double().mean())
 
 
 def adapter_effect(expected: list[Expected], actual: list[dict[str, Tensor]]) -> tuple[float | None, float | None]:
-    """‖y − y64‖ / ‖effect‖ and cos(y − base64, effect), effect = y64 − base64, over all outputs and input sets as one vector.
+    """‖y - y64‖ / ‖effect‖ and cos(y - base64, effect), effect = y64 - base64, over all outputs and input sets as one
+    vector.
 
     None, None without an adapter, with an effect of zero, or where the outputs cannot be subtracted.
     """

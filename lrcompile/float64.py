@@ -1,8 +1,8 @@
 """True float64 of the intended mathematics: the first rung of every verification.
 
-`model.double()` is not enough. Models cast to float32 inside norms, softmax and RoPE, so such a "reference" is as far off as float32
-itself. `Float64` runs a doubled copy under modes that turn explicit casts, `dtype=` arguments and created tensors into float64, and
-refuses when a narrower floating tensor is still produced.
+`model.double()` is not enough. Models cast to float32 inside norms, softmax and RoPE, so such a "reference" is as far
+off as float32 itself. `Float64` runs a doubled copy under modes that turn explicit casts, `dtype=` arguments and
+created tensors into float64, and refuses when a narrower floating tensor is still produced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
-# These read Python numbers before the dispatcher sees anything: torch.tensor(0.1, dtype=torch.float32) would arrive already rounded.
+# These read Python numbers before the dispatcher sees anything: torch.tensor(0.1, dtype=torch.float32) would arrive
+# already rounded.
 _FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor})
 # Reading bits as another type is not arithmetic; `_check` refuses what comes out if it is a narrow float.
 _REINTERPRET = frozenset({torch.ops.aten.view.dtype})
@@ -52,7 +53,9 @@ class _Literals(TorchFunctionMode):
 
 
 class _Widen(TorchDispatchMode):
-    """Every operation in float64. What enters narrow is stored data, whose widening is exact; what is *produced* narrow is an error."""
+    """Every operation in float64. What enters narrow is stored data, whose widening is exact; what is *produced*
+    narrow is an error.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._assert_tensor_metadata.default:
@@ -73,7 +76,9 @@ def _argument(value: Any) -> Any:
 def _stored_constants(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An NF4 base's block constants go back to float32, the type the operator takes; they were stored so, hence exactly."""
+    """An NF4 base's block constants go back to float32, the type the operator takes; they were stored so, hence
+    exactly.
+    """
 
     def narrow(name: str, value: Any) -> Any:
         stored = name.startswith("absmax") and isinstance(value, Tensor) and value.dtype == torch.float64
@@ -90,8 +95,8 @@ def _refuse_lost_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and _is_narrow(value):
             raise VerificationError(
-                f"{func} writes into a {value.dtype} tensor of shape {tuple(value.shape)} that the model keeps outside its parameters "
-                "and buffers, so a float64 reference would lose the write; register it as a buffer"
+                f"{func} writes into {value.dtype} {tuple(value.shape)} that the model keeps outside its "
+                "parameters and buffers, so a float64 reference would lose the write; register it as a buffer"
             )
     for value in tree_leaves(kwargs.get("out")):
         if _is_narrow(value):
@@ -108,8 +113,8 @@ def _check(func: Any, result: Any) -> Any:
     for value in tree_leaves(result):
         if _is_narrow(value):
             raise VerificationError(
-                f"{func} produced {value.dtype} of shape {tuple(value.shape)} inside the float64 reference, which would be no better than "
-                "the model it is to judge; compute this part with operators that follow their input's dtype"
+                f"{func} produced {value.dtype} {tuple(value.shape)} inside the float64 reference, which would be "
+                "no better than the model it is to judge; compute this part with operators that follow their input's dtype"
             )
     return result
 
@@ -134,7 +139,9 @@ def float64_mode() -> Iterator[None]:
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
-    """A deep copy with every stored floating number widened exactly; `model` is untouched, hooks and adapters included."""
+    """A deep copy with every stored floating number widened exactly; `model` is untouched, hooks and adapters
+    included.
+    """
     twin = copy.deepcopy(getattr(model, "_orig_mod", model))
     twin.double()
     for module in twin.modules():

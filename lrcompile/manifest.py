@@ -1,4 +1,6 @@
-"""The manifest beside an artefact of ours (`model.manifest.json` beside `model.onnx`): its limits, session settings and hashes."""
+"""The manifest beside an artefact of ours (`model.manifest.json` beside `model.onnx`): its limits, session settings
+and hashes.
+"""
 
 from __future__ import annotations
 

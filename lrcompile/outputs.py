@@ -39,7 +39,9 @@ def call(function: Any, inputs: Inputs) -> Any:
 
 
 def named_outputs(result: Any) -> dict[str, Tensor]:
-    """Every tensor of a model's result in order: `logits`, `past.0.1`, … and `output` for a bare tensor. None and text are skipped."""
+    """Every tensor of a model's result in order: `logits`, `past.0.1`, … and `output` for a bare tensor. None and text
+    are skipped.
+    """
     return dict(_walk("", result))
 
 
@@ -95,7 +97,9 @@ def selected(outputs: dict[str, Tensor], names: Sequence[str] | None, where: str
 
 
 def aligned(reference: dict[str, Tensor], candidate: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The candidate's outputs under the reference's names: by name where all agree, else by position where the numbers agree."""
+    """The candidate's outputs under the reference's names: by name where all agree, else by position where the numbers
+    agree.
+    """
     if set(reference) <= set(candidate):
         return {name: candidate[name] for name in reference}
     if len(reference) == len(candidate):

@@ -1,8 +1,9 @@
-"""How far rounding may carry a model's outputs: D = max over seeds of |replay − y64|.
+"""How far rounding may carry a model's outputs: D = max over seeds of |replay - y64|.
 
-In a replay of the float64 reference every linear map's output receives a random-sign `u·(|x||W|)`, the bound of its own rounding with
-unit roundoff u. What arrives at the outputs is what a correct implementation in that precision may deviate by, with the model's own
-amplification and cancellation in it: no tolerance has to be guessed. Fused attention counts as its two products.
+In a replay of the float64 reference every linear map's output receives a random-sign `u·(|x||W|)`, the bound of its
+own rounding with unit roundoff u. What arrives at the outputs is what a correct implementation in that precision may
+deviate by, with the model's own amplification and cancellation in it: no tolerance has to be guessed. Fused attention
+counts as its two products.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _ATEN = torch.ops.aten
 # Multilinear with non-negative constants: the same operator on absolute values is the magnitude |x||W| (+ |b|).
 _LINEAR = frozenset(
     {
-        _ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot, _ATEN.vdot, _ATEN.addmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN.addmv, _ATEN.addr,
+        _ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot, _ATEN.vdot, _ATEN.addmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN.addmv,
+        _ATEN.addr,
         _ATEN.linear, _ATEN.convolution, _ATEN._grouped_mm, _ATEN._trilinear,
     }
 )  # fmt: skip
@@ -38,9 +40,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def working_dtype(model: nn.Module, inputs: Any = None) -> torch.dtype:
-    """The floating type that holds most of the model's parameters; of a model without any, its inputs' or torch's default.
+    """The floating type that holds most of the model's parameters; of a model without any, its inputs' or torch's
+    default.
 
-    The majority, not the coarsest: a single half-precision table in a float32 model must not loosen every bound by 8192.
+    The majority, not the coarsest: a single half-precision table in a float32 model must not loosen every bound by
+    8192.
     """
     counts: dict[torch.dtype, int] = {}
     for tensor in (*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)):
@@ -88,7 +92,9 @@ def _absolute(values: Any) -> Any:
 
 
 def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> tuple[float, Tensor]:
-    """|x|·|Ŵ|ᵀ + |b|, Ŵ read off the operator itself by feeding it the identity; rounds like the coarser of model and compute type."""
+    """|x|·|Ŵ|ᵀ + |b|, Ŵ read off the operator itself by feeding it the identity; rounds like the coarser of model and
+    compute type.
+    """
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x, bias = given["x"], given["bias"]
@@ -102,13 +108,17 @@ def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> tuple[
 
 @contextmanager
 def perturbed(roundoff: float, seed: int) -> Iterator[None]:
-    """Inside `float64_mode`: every linear map's output moves by ±roundoff times its magnitude, signs drawn from `seed`."""
+    """Inside `float64_mode`: every linear map's output moves by ±roundoff times its magnitude, signs drawn from
+    `seed`.
+    """
     with _Perturb(roundoff, seed):
         yield
 
 
 class Deviation:
-    """Accumulates D for one tensor over seeds; `.bound` is never under u·max|y|, one correct rounding of the result itself."""
+    """Accumulates D for one tensor over seeds; `.bound` is never under u·max|y|, one correct rounding of the result
+    itself.
+    """
 
     def __init__(self, exact: Tensor, roundoff: float):
         self.exact = exact

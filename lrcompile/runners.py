@@ -50,7 +50,8 @@ class PackageRunner:
         names = _archive_names(path)
         if not any("/data/aotinductor/" in f"/{name}" for name in names):
             raise VerificationError(
-                f"{path} is not an AOTInductor package; if torch.export.save wrote it, load it with torch.export.load and give the program"
+                f"{path} is not an AOTInductor package; if torch.export.save wrote it, "
+                "load it with torch.export.load and give the program"
             )
         self.label = path.name
         self._model = torch._inductor.aoti_load_package(str(path))
@@ -70,7 +71,9 @@ class PackageRunner:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule's `training` flag off, then as it was. The flag itself, since an exported module forbids `.eval()`."""
+    """Every submodule's `training` flag off, then as it was. The flag itself, since an exported module forbids
+    `.eval()`.
+    """
     before = [(part, part.training) for part in module.modules()]
     for part, _ in before:
         part.training = False
@@ -99,7 +102,8 @@ def runner(candidate: Any, *, session: Mapping[str, Any] | None = None) -> Runne
             return PackageRunner(path)
         raise VerificationError(f"{path} has suffix {path.suffix!r}; a candidate file ends in .onnx or .pt2")
     raise VerificationError(
-        f"a candidate is a module, an fx graph module, an exported program or a path to .onnx or .pt2, not {type(candidate).__name__}"
+        "a candidate is a module, an fx graph module, an exported program or a path to .onnx or .pt2, "
+        f"not {type(candidate).__name__}"
     )
 
 

@@ -1,4 +1,6 @@
-"""What a verification found: numbers per rung and per output, the limits they were held to, and the reasons for a failure."""
+"""What a verification found: numbers per rung and per output, the limits they were held to, and the reasons for a
+failure.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from lrcompile.errors import VerificationError
 class Limits:
     """What a candidate is held to.
 
-    - `bound_ratio`: r = max|y − y64| / D per output. Correct float32 kernels stay under 4; 16 leaves room for another summation
-      order and still catches an int8 activation path by a factor of hundreds.
-    - `adapter_relative_error`: ‖y − y64‖ / ‖effect of the adapter‖. 0.05 lies between a merge into float16 (0.02 for a small adapter) and
-      one into bfloat16 (0.17), an adapter lost to requantization measures 1.07. Where the reference's own rounding is a larger share of
-      the effect, twice that share is allowed instead, never more than one half: a lost adapter always fails.
-    - `declared_error`: further ‖y − y64‖ / ‖y64‖ that an approximate step (quantization) declares; 0 for all others.
+    - `bound_ratio`: r = max|y - y64| / D per output. Correct float32 kernels stay under 4; 16 leaves room for another
+      summation order and still catches an int8 activation path by a factor of hundreds.
+    - `adapter_relative_error`: ‖y - y64‖ / ‖effect of the adapter‖. 0.05 lies between a merge into float16 (0.02 for a
+      small adapter) and one into bfloat16 (0.17), an adapter lost to requantization measures 1.07. Where the
+      reference's own rounding is a larger share of the effect, twice that share is allowed instead, never more than
+      one half: a lost adapter always fails.
+    - `declared_error`: further ‖y - y64‖ / ‖y64‖ that an approximate step (quantization) declares; 0 for all others.
     - `kl`, `top1`: largest mean KL divergence (nats) and least top-1 agreement of logits; None: reported only.
     """
 
@@ -91,7 +94,9 @@ class OutputRow:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place whose deviation leaves its bound. `inherited_ratio` is the largest ratio among the places before it."""
+    """The first place whose deviation leaves its bound. `inherited_ratio` is the largest ratio among the places before
+    it.
+    """
 
     name: str
     bound_ratio: float
@@ -110,7 +115,8 @@ class Divergence:
 class Verdict:
     """Whether a candidate computes what the reference means, with the numbers; prints as a table.
 
-    `bound_ratio`, `adapter_relative_error` and `effect_cosine` are those of the last rung, the worst over outputs and input sets.
+    `bound_ratio`, `adapter_relative_error` and `effect_cosine` are those of the last rung, the worst over outputs and
+    input sets.
     """
 
     ok: bool
@@ -141,14 +147,12 @@ class Verdict:
         console = Console(file=buffer, width=120, highlight=False, color_system=None)
         for table in _tables(self):
             console.print(table)
-        lines = [
-            f"{'holds' if self.ok else 'DOES NOT HOLD'}: r = {_number(self.bound_ratio)} (limit {self.limits.bound_ratio:g})"
-        ]
+        judged = "holds" if self.ok else "DOES NOT HOLD"
+        lines = [f"{judged}: r = {_number(self.bound_ratio)} (limit {self.limits.bound_ratio:g})"]
         if self.adapter_relative_error is not None:
-            lines.append(
-                f"error / adapter's effect = {_number(self.adapter_relative_error)} (limit {self.limits.adapter_relative_error:g}), "
-                f"cosine of the effect = {_number(self.effect_cosine)}"
-            )
+            share, limit = _number(self.adapter_relative_error), self.limits.adapter_relative_error
+            lines.append(f"error / effect of the adapter = {share} (limit {limit:g})")
+            lines.append(f"cosine of the effect = {_number(self.effect_cosine)}")
         lines += [f"- {failure}" for failure in self.failures]
         if self.divergence is not None:
             lines.append(f"first divergence: {self.divergence}")
@@ -169,7 +173,7 @@ def _tables(verdict: Verdict) -> list[Any]:
         "output", "shape", "r", "max |error|", "relative", "unequal", "KL", "top-1", title="Outputs against float64"
     )
     for row in verdict.outputs:
-        shape = "×".join(map(str, row.shape)) or "scalar"
+        shape = "x".join(map(str, row.shape)) or "scalar"
         rows.add_row(row.name, shape, *(_number(value) for value in dataclasses.astuple(row)[2:]))
     return [ladder, rows]
 

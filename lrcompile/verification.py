@@ -1,10 +1,10 @@
 """verify: does a candidate compute what the reference means?
 
-    r = max |y − y64| / D        D = largest deviation of a float64 replay in which every linear map rounds by u·(|x||W|)
-    e = ‖y − y64‖ / ‖effect‖     effect = y64 − y64 of the base without its adapter
+    r = max |y - y64| / D        D = largest deviation of a float64 replay in which every linear map rounds by
+    u·(|x||W|) e = ‖y - y64‖ / ‖effect‖     effect = y64 - y64 of the base without its adapter
 
-The ladder is float64 of the intended mathematics → the reference in its own dtype → the candidate (or several, in order); each rung's
-error is measured against float64, and what it adds against the rung before.
+The ladder is float64 of the intended mathematics → the reference in its own dtype → the candidate (or several, in
+order); each rung's error is measured against float64, and what it adds against the rung before.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def verify(
     outputs: Sequence[str] | None = None,
     locate: bool | None = None,
 ) -> Verdict:
-    """max |y − y64| ≤ 16·D for every floating output, ‖y − y64‖ ≤ 0.05·‖adapter's effect‖, integers equal, NaN and infinities in place.
+    """max |y - y64| ≤ 16·D for every floating output, ‖y - y64‖ ≤ 0.05·‖adapter's effect‖, integers equal, NaN and
+    infinities in place.
 
-    `reference` is an eager module. `candidate` is a module, an `fx.GraphModule`, an exported program, a path to `.onnx` or `.pt2`, or a
-    mapping of names to these: the rungs in order, all held to the limits. `inputs` is a dict (kwargs), a tuple (args) or a list of
-    several. All run in evaluation mode.
+    `reference` is an eager module. `candidate` is a module, an `fx.GraphModule`, an exported program, a path to
+    `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the limits. `inputs` is a dict
+    (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
 
-    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded). `outputs` restricts the
-    comparison to these names. `locate` looks for the first diverging place: None does when the verdict fails. `limits` default to those
-    in the manifest beside an artefact, else `Limits()`.
+    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded).
+    `outputs` restricts the comparison to these names. `locate` looks for the first diverging place: None does when the
+    verdict fails. `limits` default to those in the manifest beside an artefact, else `Limits()`.
 
     A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`.
     """
@@ -104,7 +105,7 @@ def expectations(
         for want, given in zip(expected, sets, strict=True):
             without = _run64(plain, given, None)
             want.base = {
-                name: value for name, value in aligned(want.bounds, without, "the base").items() if _inexact(value)
+                name: value for name, value in aligned(exact, without, "the base").items() if _inexact(value)
             }
     return expected
 
@@ -181,11 +182,12 @@ class _Ladder:
         if error <= allowed:
             return []
         return [
-            f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g} (the reference's own rounding is {own:.3g} of it)"
+            f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g} "
+            f"(the reference's own rounding is {own:.3g} of it)"
         ]
 
     def _added(self, index: int, actual: dict[str, Tensor]) -> tuple[float, float]:
-        """Largest |y − y of the rung before| over D, and as it is, over the outputs where both are finite alike."""
+        """Largest |y - y of the rung before| over D, and as it is, over the outputs where both are finite alike."""
         before = self.before[index] if self.before else None
         ratio = size = 0.0
         for name, bound in self.expected[index].bounds.items():

@@ -1,0 +1,166 @@
+"""The first place where a candidate leaves the bound, all intermediate values coming from one run of each side.
+
+A place is a module of the reference, named by its path, and its value the module's output; where the reference is a
+flat graph, a place is a node (`%name`). y64 and D of every place come from the same float64 replays that bound the
+outputs. In a candidate without modules (a graph, an ONNX file) values are found by provenance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lrcompile.comparing import difference
+from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
+from lrcompile.outputs import Inputs, call, copied
+from lrcompile.provenance import graph_scopes
+from lrcompile.replay import SEEDS, Deviation, perturbed
+from lrcompile.runners import ModuleRunner, Runner, evaluating
+from lrcompile.verdict import Divergence
+
+Shapes = Mapping[str, torch.Size]
+
+
+def first_divergence(
+    reference: nn.Module, candidate: Runner, inputs: Inputs, roundoff: float, limit: float
+) -> tuple[Divergence | None, str | None]:
+    """The first place, in the order the reference finishes them, with max|y - y64| > limit·D; else a note why there is
+    none.
+
+    What a place inherits is the largest ratio among the places before it: its own share is what exceeds that.
+    """
+    find = getattr(candidate, "intermediates", None)
+    if isinstance(candidate, ModuleRunner):
+        find = _finder(candidate.module)
+    if find is None:
+        return (
+            None,
+            f"no first divergence: {candidate.label} shows no intermediate values; verify what it was made from",
+        )
+    places = reference_places(reference, inputs, roundoff)
+    actual = find(inputs, {name: place.exact.shape for name, place in places.items()})
+    inherited, worst, compared = 0.0, "", 0
+    for name, place in places.items():
+        if name not in actual:
+            continue
+        compared += 1
+        error = difference(actual[name], place)
+        largest = float("inf") if error is None else float(error.abs().max()) if error.numel() else 0.0
+        ratio = place.ratio(largest)
+        if ratio > limit:
+            return Divergence(name, ratio, inherited, largest, compared), None
+        if ratio > inherited:
+            inherited, worst = ratio, name
+    if not compared:
+        return None, f"no first divergence: no value of {candidate.label} could be traced to a place in the reference"
+    most = f", the largest r is {inherited:.3g} at {worst}" if worst else ""
+    return None, f"no first divergence: all {compared} places compared stay within their bounds{most}"
+
+
+def reference_places(reference: nn.Module, inputs: Inputs, roundoff: float) -> dict[str, Deviation]:
+    """y64 and D of every place whose value is one floating tensor, in order of completion."""
+    twin = float64_copy(reference)
+    places = {name: Deviation(value, roundoff) for name, value in _values64(twin, inputs).items()}
+    for seed in SEEDS:
+        with float64_mode(), perturbed(roundoff, seed):
+            replayed = _values64(twin, inputs)
+        for name, place in places.items():
+            place.update(replayed[name])
+    return places
+
+
+def _values64(twin: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    with float64_mode():
+        if isinstance(twin, fx.GraphModule):
+            wanted = {node.name: f"%{node.name}" for node in twin.graph.nodes if node.op.startswith("call_")}
+            return _run_graph(twin, widen_inputs(inputs), wanted)
+        return _run_hooked(twin, widen_inputs(inputs))
+
+
+def _finder(module: nn.Module) -> Callable[[Inputs, Shapes], dict[str, Tensor]]:
+    def find(inputs: Inputs, shapes: Shapes) -> dict[str, Tensor]:
+        with torch.no_grad():
+            if not isinstance(module, fx.GraphModule):
+                return _run_hooked(module, copied(inputs))
+            leaving = graph_scopes(module.graph)
+            wanted = {value: value for scope in shapes for value in leaving.get(scope, ())}
+            return matched(leaving, _run_graph(module, copied(inputs), wanted), shapes)
+
+    return find
+
+
+def matched(leaving: Mapping[str, list[str]], values: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """For each place the last value that leaves its scope in the shape of the reference's."""
+    found = {}
+    for scope, shape in shapes.items():
+        fitting = (values[name] for name in leaving.get(scope, ()) if name in values and values[name].shape == shape)
+        value = next(fitting, None)
+        if value is not None:
+            found[scope] = value
+    return found
+
+
+def _run_hooked(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Each submodule's output by path, of those called once: a second call under the same path would be another
+    place.
+    """
+    module = getattr(module, "_orig_mod", module)
+    seen: dict[str, list[Tensor | None]] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen.setdefault(name, []).append(_single(output))
+
+        return record
+
+    with _hooks(module, recorder), evaluating(module):
+        call(module, inputs)
+    return {name: values[0] for name, values in seen.items() if len(values) == 1 and values[0] is not None}
+
+
+@contextmanager
+def _hooks(module: nn.Module, recorder: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [part.register_forward_hook(recorder(name)) for name, part in module.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _single(output: Any) -> Tensor | None:
+    """The floating tensor that stands for a module's output: the first, as in (hidden, weights); copied, lest it be
+    written over.
+    """
+    first = next(iter(output.values()), None) if isinstance(output, dict) else output
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    return first.detach().clone() if isinstance(first, Tensor) and first.is_floating_point() else None
+
+
+def _run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Run a copy of the graph (same tensors) that hands over the value of each node in `wanted`, under the name given
+    there.
+    """
+    values: dict[str, Tensor] = {}
+
+    def record(name: str, value: Any) -> None:
+        single = _single(value)
+        if single is not None:
+            values[name] = single
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    graph.set_codegen(module.graph._codegen)
+    for node, twin in copies.items():
+        if node.name in wanted:
+            with graph.inserting_after(twin):
+                graph.call_function(record, (wanted[node.name], twin))
+    traced = fx.GraphModule(module, graph)
+    with evaluating(traced):
+        call(traced, inputs)
+    return values

@@ -1,0 +1,1 @@
+"""Bridges to PEFT, transformers, bitsandbytes and ONNX Runtime; each is imported only where it is used."""
