@@ -113,8 +113,8 @@ def _check(func: Any, result: Any) -> Any:
     for value in tree_leaves(result):
         if _is_narrow(value):
             raise VerificationError(
-                f"{func} produced {value.dtype} {tuple(value.shape)} inside the float64 reference, which would be "
-                "no better than the model it is to judge; compute this part with operators that follow their input's dtype"
+                f"{func} produced {value.dtype} {tuple(value.shape)} inside the float64 reference, "
+                "which would be no better than the model it is to judge; compute this part with operators that follow their input's dtype"
             )
     return result
 

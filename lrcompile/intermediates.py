@@ -8,7 +8,7 @@ outputs. In a candidate without modules (a graph, an ONNX file) values are found
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,15 +66,14 @@ def reference_places(reference: nn.Module, inputs: Inputs, roundoff: float) -> d
     twin = float64_copy(reference)
     places = {name: Deviation(value, roundoff) for name, value in _values64(twin, inputs).items()}
     for seed in SEEDS:
-        with float64_mode(), perturbed(roundoff, seed):
-            replayed = _values64(twin, inputs)
+        replayed = _values64(twin, inputs, perturbed(roundoff, seed))
         for name, place in places.items():
             place.update(replayed[name])
     return places
 
 
-def _values64(twin: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    with float64_mode():
+def _values64(twin: nn.Module, inputs: Inputs, inside: AbstractContextManager[None] | None = None) -> dict[str, Tensor]:
+    with float64_mode(), inside or nullcontext():
         if isinstance(twin, fx.GraphModule):
             wanted = {node.name: f"%{node.name}" for node in twin.graph.nodes if node.op.startswith("call_")}
             return _run_graph(twin, widen_inputs(inputs), wanted)

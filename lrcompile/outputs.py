@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import VerificationError
 
+_CACHE = "past_key_values"
+
 Inputs = dict[str, Any] | tuple[Any, ...]
 
 
@@ -39,10 +41,10 @@ def call(function: Any, inputs: Inputs) -> Any:
 
 
 def named_outputs(result: Any) -> dict[str, Tensor]:
-    """Every tensor of a model's result in order: `logits`, `past.0.1`, … and `output` for a bare tensor. None and text
-    are skipped.
+    """Every tensor of a model's result in order: `logits`, `past_key_values.keys.0`, `output` for a bare tensor,
+    `output.0` and on for a bare tuple. None and text are skipped.
     """
-    return dict(_walk("", result))
+    return {f"output.{name}" if name[0].isdigit() else name: value for name, value in _walk("", result)}
 
 
 def _walk(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -97,13 +99,18 @@ def selected(outputs: dict[str, Tensor], names: Sequence[str] | None, where: str
 
 
 def aligned(reference: dict[str, Tensor], candidate: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The candidate's outputs under the reference's names: by name where all agree, else by position where the numbers
-    agree.
+    """The candidate's outputs under the reference's names: by name where all agree, else by position.
+
+    A candidate may lack the reference's key-value cache, which no deployed graph returns; the result then lacks it too.
     """
     if set(reference) <= set(candidate):
         return {name: candidate[name] for name in reference}
-    if len(reference) == len(candidate):
-        return dict(zip(reference, candidate.values(), strict=True))
+    lasting = {name: value for name, value in reference.items() if not name.startswith(_CACHE)}
+    if lasting and set(lasting) <= set(candidate):
+        return {name: candidate[name] for name in lasting}
+    for names in (reference, lasting):
+        if len(names) == len(candidate):
+            return dict(zip(names, candidate.values(), strict=True))
     raise VerificationError(
         f"the reference has {len(reference)} outputs ({', '.join(reference)}) and {where} has {len(candidate)} "
         f"({', '.join(candidate)}); say which to compare with outputs=[...]"

@@ -5,12 +5,12 @@ failure.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from lrcompile.errors import VerificationError
+from lrcompile.tables import render
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class Verdict:
     dtype: str = "float32"
     session: dict[str, Any] = field(default_factory=dict)
     divergence: Divergence | None = None
+    uncompared: tuple[str, ...] = ()
     note: str | None = None
+    name: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -141,41 +143,37 @@ class Verdict:
         return _plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=120, highlight=False, color_system=None)
-        for table in _tables(self):
-            console.print(table)
-        judged = "holds" if self.ok else "DOES NOT HOLD"
-        lines = [f"{judged}: r = {_number(self.bound_ratio)} (limit {self.limits.bound_ratio:g})"]
-        if self.adapter_relative_error is not None:
-            share, limit = _number(self.adapter_relative_error), self.limits.adapter_relative_error
-            lines.append(f"error / effect of the adapter = {share} (limit {limit:g})")
-            lines.append(f"cosine of the effect = {_number(self.effect_cosine)}")
+        share = self.adapter_relative_error
+        lines = [
+            *([self.name] if self.name else []),
+            render(_LADDER, ([rung.name, *_numbers(rung, 1)] for rung in self.rungs), title="ladder from float64"),
+            render(_OUTPUTS, ([row.name, _shape(row), *_numbers(row, 2)] for row in self.outputs), title="outputs"),
+            f"{'holds' if self.ok else 'DOES NOT HOLD'}: r = {_number(self.bound_ratio)} "
+            f"(limit {self.limits.bound_ratio:g}, rounding of {self.dtype})",
+        ]
+        if share is not None:
+            lines.append(
+                f"error / effect of the adapter = {_number(share)} (limit {self.limits.adapter_relative_error:g}), "
+                f"cosine of the effect = {_number(self.effect_cosine)}"
+            )
         lines += [f"- {failure}" for failure in self.failures]
         if self.divergence is not None:
             lines.append(f"first divergence: {self.divergence}")
-        if self.note:
-            lines.append(self.note)
-        return "\n".join(line.rstrip() for line in (buffer.getvalue() + "\n".join(lines)).splitlines())
+        if self.uncompared:
+            lines.append(f"not compared: {', '.join(self.uncompared)}")
+        return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
-def _tables(verdict: Verdict) -> list[Any]:
-    from rich.table import Table
+_LADDER = ("rung", "r", "max |error|", "adds r", "adds |error|", "error/effect", "cosine")
+_OUTPUTS = ("output", "shape", "r", "max |error|", "relative", "unequal", "KL", "top-1")
 
-    ladder = Table(
-        "rung", "r", "max |error|", "adds r", "adds |error|", "error / effect", "cosine", title="Ladder from float64"
-    )
-    for rung in verdict.rungs:
-        ladder.add_row(rung.name, *(_number(value) for value in dataclasses.astuple(rung)[1:]))
-    rows = Table(
-        "output", "shape", "r", "max |error|", "relative", "unequal", "KL", "top-1", title="Outputs against float64"
-    )
-    for row in verdict.outputs:
-        shape = "x".join(map(str, row.shape)) or "scalar"
-        rows.add_row(row.name, shape, *(_number(value) for value in dataclasses.astuple(row)[2:]))
-    return [ladder, rows]
+
+def _numbers(row: Any, start: int) -> list[str]:
+    return [_number(value) for value in dataclasses.astuple(row)[start:]]
+
+
+def _shape(row: OutputRow) -> str:
+    return " x ".join(map(str, row.shape)) or "scalar"
 
 
 def _number(value: float | None) -> str:

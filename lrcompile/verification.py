@@ -1,7 +1,7 @@
 """verify: does a candidate compute what the reference means?
 
-    r = max |y - y64| / D        D = largest deviation of a float64 replay in which every linear map rounds by
-    u·(|x||W|) e = ‖y - y64‖ / ‖effect‖     effect = y64 - y64 of the base without its adapter
+    r = max |y - y64| / D         D = largest deviation of float64 replays with ±u·(|x||W|) on every linear map
+    e = ‖y - y64‖ / ‖effect‖      effect = y64 - y64 of the base without its adapter
 
 The ladder is float64 of the intended mathematics → the reference in its own dtype → the candidate (or several, in
 order); each rung's error is measured against float64, and what it adds against the rung before.
@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lrcompile.comparing import Expected, adapter_effect, compare
+from lrcompile.comparing import Expected
 from lrcompile.errors import VerificationError
 from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
+from lrcompile.ladder import Ladder
 from lrcompile.manifest import artefact
 from lrcompile.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
 from lrcompile.replay import SEEDS, Deviation, perturbed, unit_roundoff, working_dtype
 from lrcompile.runners import ModuleRunner, Runner, evaluating, runner
-from lrcompile.verdict import Limits, OutputRow, Rung, Verdict
+from lrcompile.verdict import Limits, Rung, Verdict
 
 __all__ = ["Limits", "Rung", "Verdict", "verify"]
-
-_MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding any more, whatever the dtype
 
 
 def verify(
@@ -65,20 +64,27 @@ def verify(
         runners = {one.label: one for one in runners.values()}
     limits = limits or next((entry.limits for entry in reversed(manifests.values()) if entry.limits), Limits())
 
-    dtype = working_dtype(reference, sets)
-    expected = expectations(reference, sets, unit_roundoff(dtype), base, outputs)
-    ladder = _Ladder(expected, limits)
     own = [selected(one, outputs, "the reference") for one in map(ModuleRunner(reference).run, sets)]
-    ladder.climb("eager", own)
-    for name, one in runners.items():
-        results = [one.run(given) for given in sets]
-        ladder.climb(name, [aligned(mine, theirs, one.label) for mine, theirs in zip(own, results, strict=True)])
+    results = {
+        name: [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]
+        for name, one in runners.items()
+    }
+    shared = [name for name in own[0] if all(name in actual[0] for actual in results.values())]
+    uncompared = tuple(name for name in own[0] if name not in shared)
+
+    dtype = working_dtype(reference, sets)
+    expected = expectations(reference, sets, unit_roundoff(dtype), base, shared)
+    ladder = Ladder(expected, limits)
+    for name, actual in [("eager", own), *results.items()]:
+        ladder.climb(name, [{output: one[output] for output in shared} for one in actual], judged=actual is not own)
     for entry in manifests.values():
         ladder.failures += entry.stale
     verdict = ladder.verdict(str(dtype).removeprefix("torch."), {name: one.session for name, one in runners.items()})
+    verdict = dataclasses.replace(verdict, uncompared=uncompared)
     if not (locate or (locate is None and not verdict.ok)):
         return verdict
-    return _located(verdict, reference, runners.get(ladder.first_failed or "", one), sets[0], unit_roundoff(dtype))
+    suspect = runners[ladder.first_failed or next(reversed(runners))]
+    return _located(verdict, reference, suspect, sets[0], unit_roundoff(dtype))
 
 
 def expectations(
@@ -94,8 +100,7 @@ def expectations(
         exact = _run64(twin, given, outputs)
         bounds = {name: Deviation(value, roundoff) for name, value in exact.items() if _inexact(value)}
         for seed in SEEDS if bounds else ():
-            with float64_mode(), perturbed(roundoff, seed):
-                replayed = _run64(twin, given, outputs)
+            replayed = _run64(twin, given, outputs, perturbed(roundoff, seed))
             for name, bound in bounds.items():
                 bound.update(replayed[name])
         expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))
@@ -104,14 +109,14 @@ def expectations(
     if plain is not None:
         for want, given in zip(expected, sets, strict=True):
             without = _run64(plain, given, None)
-            want.base = {
-                name: value for name, value in aligned(exact, without, "the base").items() if _inexact(value)
-            }
+            want.base = {name: value for name, value in aligned(exact, without, "the base").items() if _inexact(value)}
     return expected
 
 
-def _run64(twin: nn.Module, given: Inputs, outputs: Sequence[str] | None) -> dict[str, Tensor]:
-    with evaluating(twin), float64_mode():
+def _run64(
+    twin: nn.Module, given: Inputs, outputs: Sequence[str] | None, inside: AbstractContextManager[None] | None = None
+) -> dict[str, Tensor]:
+    with evaluating(twin), float64_mode(), inside or nullcontext():
         return selected(named_outputs(call(twin, widen_inputs(given))), outputs, "the reference")
 
 
@@ -132,103 +137,9 @@ def _inexact(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
-class _Ladder:
-    """Collects rungs: numbers against float64, what each adds, and the reasons that a candidate fails."""
-
-    def __init__(self, expected: list[Expected], limits: Limits):
-        self.expected = expected
-        self.limits = limits
-        self.rungs: list[Rung] = [Rung("float64", 0.0, 0.0, 0.0, 0.0)]
-        self.rows: list[OutputRow] = []
-        self.failures: list[str] = []
-        self.first_failed: str | None = None
-        self.eager: list[dict[str, Tensor]] = []
-        self.before: list[dict[str, Tensor]] = []
-
-    def climb(self, name: str, actual: list[dict[str, Tensor]]) -> None:
-        self.eager = self.eager or actual
-        rows, failures = [], []
-        for want, got, mine in zip(self.expected, actual, self.eager, strict=True):
-            row, failure = compare(want, got, mine, self.limits)
-            rows.append(row)
-            failures += failure
-        self.rows = [_worst(each) for each in zip(*rows, strict=True)]
-        error, cosine = adapter_effect(self.expected, actual)
-        added = [self._added(index, got) for index, got in enumerate(actual)]
-        self.rungs.append(
-            Rung(
-                name,
-                max((row.bound_ratio for row in self.rows if row.bound_ratio is not None), default=0.0),
-                max((row.max_abs_error for row in self.rows if row.max_abs_error is not None), default=0.0),
-                max(ratio for ratio, _ in added),
-                max(size for _, size in added),
-                error,
-                cosine,
-            )
-        )
-        self.before = actual
-        if len(self.rungs) == 2:
-            return  # eager is what the candidates are measured beside, not one of them
-        failures += self._adapter_failures(error)
-        if failures and self.first_failed is None:
-            self.first_failed = name
-        self.failures += [f"{name}: {failure}" for failure in dict.fromkeys(failures)]
-
-    def _adapter_failures(self, error: float | None) -> list[str]:
-        own = self.rungs[1].adapter_relative_error
-        if error is None or own is None:
-            return []
-        allowed = max(self.limits.adapter_relative_error, min(2 * own, _MOST_OF_AN_EFFECT))
-        if error <= allowed:
-            return []
-        return [
-            f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g} "
-            f"(the reference's own rounding is {own:.3g} of it)"
-        ]
-
-    def _added(self, index: int, actual: dict[str, Tensor]) -> tuple[float, float]:
-        """Largest |y - y of the rung before| over D, and as it is, over the outputs where both are finite alike."""
-        before = self.before[index] if self.before else None
-        ratio = size = 0.0
-        for name, bound in self.expected[index].bounds.items():
-            mine = actual[name].to(bound.exact)
-            last = bound.exact if before is None else before[name].to(bound.exact)
-            if mine.shape == last.shape:
-                change = (mine - last)[torch.isfinite(mine) & torch.isfinite(last)].abs()
-                worst = float(change.max()) if change.numel() else 0.0
-                ratio, size = max(ratio, bound.ratio(worst)), max(size, worst)
-        return ratio, size
-
-    def verdict(self, dtype: str, session: dict[str, Any]) -> Verdict:
-        last = self.rungs[-1]
-        return Verdict(
-            ok=not self.failures,
-            bound_ratio=last.bound_ratio,
-            adapter_relative_error=last.adapter_relative_error,
-            effect_cosine=last.effect_cosine,
-            first_divergence=None,
-            rungs=tuple(self.rungs),
-            outputs=tuple(self.rows),
-            limits=self.limits,
-            failures=tuple(self.failures),
-            dtype=dtype,
-            session=session,
-        )
-
-
-def _worst(rows: tuple[OutputRow, ...]) -> OutputRow:
-    """One row for an output over several input sets: the worst of each number."""
-
-    def over(name: str, pick: Any) -> Any:
-        values = [value for value in (getattr(row, name) for row in rows) if value is not None]
-        return pick(values) if values else None
-
-    picks = {"bound_ratio": max, "max_abs_error": max, "relative_error": max, "mismatches": max, "kl": max, "top1": min}
-    return dataclasses.replace(rows[0], **{name: over(name, pick) for name, pick in picks.items()})
-
-
 def _located(verdict: Verdict, reference: nn.Module, one: Runner, given: Inputs, roundoff: float) -> Verdict:
     from lrcompile.intermediates import first_divergence
 
     found, note = first_divergence(reference, one, given, roundoff, verdict.limits.bound_ratio)
+    note = "; ".join(part for part in (verdict.note, note) if part) or None
     return dataclasses.replace(verdict, first_divergence=found.name if found else None, divergence=found, note=note)

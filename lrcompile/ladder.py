@@ -1,0 +1,117 @@
+"""The ladder of a verification: each rung against float64, and what it adds to the rung before."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompile.comparing import Expected, adapter_effect, compare
+from lrcompile.verdict import Limits, OutputRow, Rung, Verdict
+
+_MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding any more, whatever the dtype
+
+
+class Ladder:
+    """Collects rungs: numbers against float64, what each adds, and the reasons that a candidate fails."""
+
+    def __init__(self, expected: list[Expected], limits: Limits):
+        self.expected = expected
+        self.limits = limits
+        self.rungs: list[Rung] = [Rung("float64", 0.0, 0.0, 0.0, 0.0)]
+        self.rows: list[OutputRow] = []
+        self.failures: list[str] = []
+        self.first_failed: str | None = None
+        self.eager: list[dict[str, Tensor]] = []
+        self.before: list[dict[str, Tensor]] = []
+
+    def climb(self, name: str, actual: list[dict[str, Tensor]], *, judged: bool = True) -> None:
+        """Add the rung `name` with its outputs per input set; the eager reference comes first and is not judged."""
+        self.eager = self.eager or actual
+        rows, failures = [], []
+        for want, got, mine in zip(self.expected, actual, self.eager, strict=True):
+            row, failure = compare(want, got, mine, self.limits)
+            rows.append(row)
+            failures += failure
+        self.rows = [_worst(each) for each in zip(*rows, strict=True)]
+        error, cosine = adapter_effect(self.expected, actual)
+        added = [self._added(index, got) for index, got in enumerate(actual)]
+        self.rungs.append(
+            Rung(
+                name,
+                max((row.bound_ratio for row in self.rows if row.bound_ratio is not None), default=0.0),
+                max((row.max_abs_error for row in self.rows if row.max_abs_error is not None), default=0.0),
+                max(ratio for ratio, _ in added),
+                max(size for _, size in added),
+                error,
+                cosine,
+            )
+        )
+        self.before = actual
+        if not judged:
+            return
+        failures += self._adapter_failures(error)
+        if failures and self.first_failed is None:
+            self.first_failed = name
+        self.failures += [f"{name}: {failure}" for failure in dict.fromkeys(failures)]
+
+    def _adapter_failures(self, error: float | None) -> list[str]:
+        own = self.rungs[1].adapter_relative_error
+        if error is None or own is None:
+            return []
+        allowed = max(self.limits.adapter_relative_error, min(2 * own, _MOST_OF_AN_EFFECT))
+        if error <= allowed:
+            return []
+        return [
+            f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g} "
+            f"(the reference's own rounding is {own:.3g} of it)"
+        ]
+
+    def _added(self, index: int, actual: dict[str, Tensor]) -> tuple[float, float]:
+        """Largest |y - y of the rung before| over D, and as it is, over the outputs where both are finite alike."""
+        before = self.before[index] if self.before else None
+        ratio = size = 0.0
+        for name, bound in self.expected[index].bounds.items():
+            mine = actual[name].to(bound.exact)
+            last = bound.exact if before is None else before[name].to(bound.exact)
+            if mine.shape == last.shape:
+                change = (mine - last)[torch.isfinite(mine) & torch.isfinite(last)].abs()
+                worst = float(change.max()) if change.numel() else 0.0
+                ratio, size = max(ratio, bound.ratio(worst)), max(size, worst)
+        return ratio, size
+
+    def verdict(self, dtype: str, session: dict[str, Any]) -> Verdict:
+        last = self.rungs[-1]
+        return Verdict(
+            ok=not self.failures,
+            bound_ratio=last.bound_ratio,
+            adapter_relative_error=last.adapter_relative_error,
+            effect_cosine=last.effect_cosine,
+            first_divergence=None,
+            rungs=tuple(self.rungs),
+            outputs=tuple(self.rows),
+            limits=self.limits,
+            failures=tuple(self.failures),
+            dtype=dtype,
+            session=session,
+            note=self._own_note(),
+        )
+
+    def _own_note(self) -> str | None:
+        own = self.rungs[1].bound_ratio
+        if own <= self.limits.bound_ratio:
+            return None
+        return f"the reference itself leaves the bound in its own dtype (r = {own:.3g}): not only its linear maps round"
+
+
+def _worst(rows: tuple[OutputRow, ...]) -> OutputRow:
+    """One row for an output over several input sets: the worst of each number."""
+
+    def over(name: str, pick: Any) -> Any:
+        values = [value for value in (getattr(row, name) for row in rows) if value is not None]
+        return pick(values) if values else None
+
+    picks = {"bound_ratio": max, "max_abs_error": max, "relative_error": max, "mismatches": max, "kl": max, "top1": min}
+    return dataclasses.replace(rows[0], **{name: over(name, pick) for name, pick in picks.items()})
