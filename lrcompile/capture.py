@@ -1,8 +1,8 @@
 """Capture a model as a `torch.export` program in which every example input is its own, and batch and sequence vary.
 
-Three things `torch.export` leaves to its caller, and gets silently wrong otherwise: two arguments that are the same tensor
-object become one input, so each is cloned; a dimension of size 1 is baked in, so it is enlarged first; outputs and
-dimensions carry generated names, so the model's own (`logits`, `batch`) are recovered here.
+Three things `torch.export` leaves to its caller, and gets silently wrong otherwise: two arguments that are the same
+tensor object become one input, so each is cloned; a dimension of size 1 is baked in, so it is enlarged first; outputs
+and dimensions carry generated names, so the model's own (`logits`, `batch`) are recovered here.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Captured:
 def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None) -> Captured:
     """The program of `model(*args)` or `model(**kwargs)` in evaluation mode; the model is left exactly as it was.
 
-    `dynamic_shapes`: None makes dimension 0 of every tensor and dimension 1 of integer tensors vary, "static" freezes all
-    sizes, anything else is handed to `torch.export`. Inputs that are not tensors are constants of the program.
-    Raises ExportError when the inputs do not fit the model, the model cannot be captured, or a size that should vary cannot.
+    `dynamic_shapes`: None makes dimension 0 of every tensor and dimension 1 of integer tensors vary, "static" freezes
+    all sizes, anything else is handed to `torch.export`. Inputs that are not tensors are constants of the program.
+    Raises ExportError when the inputs do not fit, the model cannot be captured, or a size that should vary cannot.
     """
     args, kwargs = _own_copies(example_inputs)
     static = isinstance(dynamic_shapes, str)
@@ -84,7 +84,7 @@ def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _enlarge(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat what has size 1 along an axis that is to vary; one that stays 1 beside larger ones broadcasts and is left."""
+    """Repeat what has size 1 along an axis that is to vary; what is 1 beside larger ones broadcasts, and is left."""
     for axis in (0, 1):
 
         def varies(leaf: Any, axis: int = axis) -> bool:
@@ -137,8 +137,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A key-value cache among the outputs is an object no deployed graph can return; generation caches are not exported."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    """A key-value cache among the outputs is an object that no deployed graph can return."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
     caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
     try:
         for config in caching:
@@ -189,9 +191,8 @@ def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: 
 
 def _flat_specs(shapes: Any, bound: dict[str, Any]) -> list[Any]:
     """One shape spec per leaf of the inputs, whatever form the user gave; {} where it says nothing."""
-    leaves, tree = pytree.tree_flatten(bound)
     if shapes is None:
-        return [{}] * len(leaves)
+        return [{}] * len(pytree.tree_leaves(bound))
     if isinstance(shapes, tuple | list):
         shapes = dict(zip(bound, shapes, strict=False))
 

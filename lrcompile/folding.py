@@ -113,9 +113,7 @@ def fold_adapters(program: ExportedProgram, recipes: dict[str, Recipe] | None = 
     return folded
 
 
-def _next_layer(
-    program: ExportedProgram, tensors: Tensors, folded: Folded, refused: set[fx.Node]
-) -> list[_Fold]:
+def _next_layer(program: ExportedProgram, tensors: Tensors, folded: Folded, refused: set[fx.Node]) -> list[_Fold]:
     """The adapters that sit directly on their base; those stacked on another come in the next round."""
     found: list[_Fold] = []
     for node in program.graph.nodes:

@@ -1,4 +1,4 @@
-"""Small surgery on a `torch.export` program: which tensor a node stands for, and new tensors where a rewrite needs them."""
+"""Small surgery on a `torch.export` program: which tensor a node stands for, and new ones where a rewrite needs them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ VIEWS = {
     aten.alias.default,
     aten.detach.default,
 }
-"""Ops whose result shares the storage of their first argument: writing through a chain of them changes the tensor itself."""
+"""Ops whose result shares the storage of their first argument: writing through a chain of them changes that too."""
+CASTS = {aten.to.dtype, aten._to_copy.default}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default}
 
 
 @dataclass(frozen=True)
 class View:
-    """A chain of views of one held tensor, innermost first."""
+    """A chain of views of one held tensor, and casts of them, innermost first."""
 
     source: fx.Node
     steps: tuple[fx.Node, ...]
@@ -42,8 +43,10 @@ class View:
         return (self.source, *((step.target, repr(step.args[1:]), repr(step.kwargs)) for step in self.steps))
 
     def of(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor` that is read, as a view of it and in its own dtype."""
         for step in self.steps:
-            tensor = step.target(tensor, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+            if step.target not in CASTS:
+                tensor = step.target(tensor, *step.args[1:], **step.kwargs)  # type: ignore[operator]
         return tensor
 
 
@@ -67,7 +70,7 @@ class Tensors:
     def view(self, node: Any) -> View | None:
         """The chain of views that leads from a held tensor to `node`, or None."""
         steps: list[fx.Node] = []
-        while isinstance(node, fx.Node) and node.op == "call_function" and node.target in VIEWS:
+        while isinstance(node, fx.Node) and node.op == "call_function" and node.target in VIEWS | CASTS:
             if any(isinstance(each, fx.Node) for each in node.args[1:]):
                 return None
             steps.append(node)
@@ -75,7 +78,7 @@ class Tensors:
         return View(node, tuple(reversed(steps))) if self.target(node) is not None else None
 
     def value(self, node: Any) -> Tensor | None:
-        """What a node computes from held tensors alone (small ones: factors, scales), or None if an input is involved."""
+        """What a node computes from held tensors alone (factors, scales: small ones), or None if an input takes part."""
         if not isinstance(node, fx.Node):
             return node
         if self.target(node) is not None:
@@ -88,19 +91,17 @@ class Tensors:
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-        """A new parameter or (for integers) buffer `name`, its placeholder put in front of `before`, a placeholder too."""
+        """A new tensor `name` of the program, its placeholder in front of `before`, a placeholder too."""
         program = self.program
         while name in program.state_dict or name in program.constants:
             name += "_"
-        kind = InputKind.PARAMETER if tensor.is_floating_point() else InputKind.BUFFER
         with program.graph.inserting_before(before):
             node = program.graph.placeholder(f"lrcompile_{name.replace('.', '_')}")
         mode = next(n.meta["val"].fake_mode for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor))
         node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
         specs = program.graph_signature.input_specs
         index = next(i for i, spec in enumerate(specs) if spec.arg.name == before.name)
-        persistent = None if kind == InputKind.PARAMETER else True
-        specs.insert(index, InputSpec(kind, TensorArgument(node.name), name, persistent))
+        specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
         program.state_dict[name] = tensor
         self.targets[node.name] = name
         return node

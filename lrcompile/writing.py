@@ -27,7 +27,7 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[LrcompileError] = L
     The folder must exist. An `OSError` (unwritable, disk full) becomes `error`, naming `path` and the cause.
     """
     target = Path(os.path.realpath(path))
-    temporary = _beside(target)
+    temporary = beside(target)
     with _reporting(path, error):
         if target.is_dir():
             raise IsADirectoryError(f"{path} is a folder, a file was to be written there")
@@ -37,7 +37,7 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[LrcompileError] = L
             yield temporary
             if target.exists():
                 shutil.copymode(target, temporary)
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def atomic_folder(
     not write, are carried over; all others go with the old folder. An `OSError` becomes `error`, naming `path` and why.
     """
     target = Path(os.path.realpath(path))
-    temporary = _beside(target)
+    temporary = beside(target)
     missing = [parent for parent in target.parents if not parent.exists()]
     with _reporting(path, error):
         if target.exists() and not target.is_dir():
@@ -70,7 +70,7 @@ def atomic_folder(
                 _carry_over(target, temporary, keep)
             for folder, _, files in os.walk(temporary):
                 for name in files:
-                    _sync(Path(folder, name))
+                    sync(Path(folder, name))
                 _sync_folder(Path(folder))
             _exchange(temporary, target)
         except BaseException:
@@ -84,7 +84,8 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _beside(target: Path) -> Path:
+def beside(target: Path) -> Path:
+    """A hidden name in the same folder that nobody else has."""
     return target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
 
 
@@ -121,7 +122,7 @@ def _exchange(temporary: Path, target: Path) -> None:
             if swap(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
                 return
     # no exchange in this system or filesystem: two renames, the first undone if the second fails
-    aside = _beside(target)
+    aside = beside(target)
     os.rename(target, aside)
     try:
         os.rename(temporary, target)
@@ -131,7 +132,8 @@ def _exchange(temporary: Path, target: Path) -> None:
     os.rename(aside, temporary)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return only when the content is on the disk."""
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -141,4 +143,4 @@ def _sync(path: Path) -> None:
 
 def _sync_folder(path: Path) -> None:
     if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are journalled
-        _sync(path)
+        sync(path)

@@ -69,7 +69,7 @@ def test_a_failing_fsync_leaves_the_old_file(tmp_path, monkeypatch):
 
     target = tmp_path / "a.bin"
     target.write_text("old")
-    monkeypatch.setattr(writing, "_sync", full)
+    monkeypatch.setattr(writing, "sync", full)
     with pytest.raises(LrcompileError, match="No space left"), atomic_file(target) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "old"

@@ -48,19 +48,24 @@ def lower(captured: Captured, recipes: Mapping[str, Recipe], opset: int | None =
                 custom_translation_table=translation(),
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"the captured program has no ONNX form: {error}") from error
+            # its own text is advice on reporting bugs to PyTorch; the cause is what the user can act on
+            raise ExportError(f"the captured program has no ONNX form: {error.__cause__ or error}") from error
     assert lowered is not None  # only the old exporter returns None
     model = lowered.model
     _install(model, recipes)
     _fold_transposes(model)
-    protected = {name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])}
+    protected = {
+        name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])
+    }
     onnxscript.optimizer.optimize_ir(model, should_fold=_unless_reading(protected))
     _rename_dimensions(model, captured.dimensions)
     _forget_machine(model)
     model.producer_name = "lrcompile"
     model.ir_version = max(_LOWEST_IR, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
     if model.ir_version > _HIGHEST_IR:
-        raise ExportError(f"opset {opset} needs IR version {model.ir_version}; ONNX Runtime reads {_HIGHEST_IR} at most")
+        raise ExportError(
+            f"opset {opset} needs IR version {model.ir_version}; ONNX Runtime reads {_HIGHEST_IR} at most"
+        )
     return model
 
 
@@ -68,7 +73,9 @@ def check_opset(opset: int | None) -> int:
     if opset is None:
         return DEFAULT_OPSET
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise ExportError(f"opset={opset!r}: expected an integer from {OPSETS[0]} to {OPSETS[-1]}, which ONNX Runtime runs")
+        raise ExportError(
+            f"opset={opset!r}: expected an integer from {OPSETS[0]} to {OPSETS[-1]}, which ONNX Runtime runs"
+        )
     return opset
 
 

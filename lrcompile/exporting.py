@@ -1,0 +1,153 @@
+"""`export`: a model as one deployable file, its manifest beside it, and the means to prove that it computes the same."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lrcompile.capture import Captured, Inputs, capture
+from lrcompile.deploying import Deployed, Plan, deploy
+from lrcompile.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
+from lrcompile.errors import ExportError, require
+from lrcompile.wrapping import refuse_wrapped
+
+if TYPE_CHECKING:
+    from lrcompile.verdict import Verdict
+
+SUFFIXES = (".onnx", ".pt2")
+_SESSION = {"graph_optimization_level": "all", "config": {"session.qdq_matmulnbits_accuracy_level": "0"}}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported model: where it is, what its manifest says, and the model it came from, to be held against it."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _model: nn.Module = field(repr=False, compare=False)
+    _inputs: Any = field(repr=False, compare=False)
+
+    def verify(self, inputs: Any = None) -> Verdict:
+        """max |y − y64| ≤ r·D: the file against float64 of the model, on `inputs` or else on the example inputs.
+
+        For a copy that `quantize=` stored as NF4 the reference is the model with the same quantized weights.
+        """
+        import lrcompile
+        from lrcompile.requantized import requantized
+
+        inputs = self._inputs if inputs is None else inputs
+        if not self.manifest["quantize"]:
+            return lrcompile.verify(self._model, self.path, inputs)
+        merged = self.manifest["adapters"]["form"] == "merge"
+        return lrcompile.verify(requantized(self._model, self.manifest["nf4"], merged), self.path, inputs)
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs,
+    *,
+    dynamic_shapes: Any = None,
+    adapters: str = "auto",
+    into: str | None = None,
+    quantize: str | None = None,
+    opset: int | None = None,
+) -> Export:
+    """Write y = model(example_inputs) as `path`: `.onnx` for ONNX Runtime, `.pt2` as an AOTInductor package.
+
+    `example_inputs`: a dict (`model(**inputs)`) or a tuple (`model(*inputs)`); tensors are inputs of the file, anything
+    else is a constant of it. `dynamic_shapes`: None lets dimension 0 of every tensor and dimension 1 of integer tensors
+    vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight while
+    writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized one. `into`
+    ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the
+    exported copy as NF4. `opset`: 18 to 26.
+
+    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json` appear
+    only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
+    Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ExportError(f"{os.fspath(path)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
+    plan = Plan(adapters, into, quantize)
+    if path.suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package, "onnx")
+        from lrcompile.interop.onnx_lowering import check_opset
+
+        opset = check_opset(opset)
+    elif opset is not None:
+        raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
+    if not path.parent.is_dir():
+        raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
+    refuse_wrapped(model, "export")
+    with _status(f"capturing {type(model).__name__}"):
+        captured = capture(model, example_inputs, dynamic_shapes)
+        deployed = deploy(captured.program, model, plan)
+    manifest = _manifest(path, model, plan, captured, deployed)
+    write = _write_onnx if path.suffix == ".onnx" else _write_package
+    write(path, captured, deployed, manifest, opset)
+    return Export(path, manifest, model, example_inputs)
+
+
+def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, deployed: Deployed) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "format": path.suffix[1:],
+        "versions": versions(),
+        **ports(captured.program, captured.outputs, captured.dimensions),
+        "dimensions": {name: captured.limits.get(name) for name in dict.fromkeys(captured.dimensions.values())},
+        "adapters": deployed.adapters,
+        "quantize": plan.quantize,
+        "nf4": deployed.nf4,
+        "base_sha256": fingerprint(model),
+        **limits(bool(deployed.nf4)),
+    }
+
+
+def _write_onnx(
+    path: Path, captured: Captured, deployed: Deployed, manifest: dict[str, Any], opset: int | None
+) -> None:
+    from lrcompile.interop.onnx_lowering import lower
+    from lrcompile.interop.onnx_writing import write
+
+    with _status(f"lowering to {path.name}"):
+        lowered = lower(captured, deployed.recipes, opset)
+    manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
+
+    def describe(hashes: dict[str, str]) -> bytes:
+        manifest["sha256"] = dict(hashes)
+        return encoded(manifest)
+
+    write(lowered, path, _SESSION, describe)
+
+
+def _write_package(
+    path: Path, captured: Captured, deployed: Deployed, manifest: dict[str, Any], opset: int | None
+) -> None:
+    from lrcompile.interop.aoti import write
+
+    def describe(hashes: dict[str, str]) -> bytes:
+        manifest["sha256"] = dict(hashes)
+        return encoded(manifest)
+
+    with _status(f"compiling {path.name}"):
+        write(captured.program, deployed.recipes, path, describe)
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield

@@ -1,0 +1,138 @@
+"""Write an ONNX model: weights streamed to a data file beside it, and whoever looks sees the old model or the new one.
+
+The data file is named by its content, so it appears beside an old one without touching it; the rename of the model that refers
+to it is the one moment of change. The model is checked, and loaded by ONNX Runtime, before that moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from lrcompile.errors import ExportError, VerificationError
+from lrcompile.interop.onnxruntime import OnnxRunner
+from lrcompile.manifest import sha256
+from lrcompile.progress import shown
+from lrcompile.writing import atomic_file, beside, sync
+
+EMBEDDED = 64 << 10
+"""Bytes of weights that a model may hold itself; more go to the data file."""
+_SMALL = 1 << 10  # bytes; runtimes read shapes and axes while loading, before external data
+_ALIGNMENT = 64
+
+
+def write(
+    model: ir.Model, path: Path, session: Mapping[str, Any], describe: Callable[[dict[str, str]], bytes]
+) -> dict[str, str]:
+    """Write `path`, its data file and its manifest; returns the sha256 of each model file by name. `model` is consumed.
+
+    `describe` makes the manifest from those hashes. Raises ExportError when something cannot be written or ONNX Runtime
+    refuses the model; then, as after Ctrl-C, the files are as before.
+    """
+    manifest = path.with_suffix(".manifest.json")
+    external = [value for value in model.graph.initializers.values() if _goes_outside(value)]
+    large = sum(value.const_value.nbytes for value in external) > EMBEDDED  # type: ignore[union-attr]
+    with (
+        atomic_file(manifest, error=ExportError) as described,
+        _data_file(external, path) if large else nullcontext({}) as hashes,
+        atomic_file(path, error=ExportError) as temporary,
+    ):
+        temporary.write_bytes(_serialized(model, path))
+        hashes[path.name] = sha256(temporary)
+        _try(temporary, session)
+        described.write_bytes(describe(hashes))
+        sync(described)
+    _remove_stale(path, hashes)
+    return hashes
+
+
+def _goes_outside(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _SMALL
+
+
+@contextmanager
+def _data_file(values: list[ir.Value], path: Path) -> Iterator[dict[str, str]]:
+    """Stream the tensors into `<stem>.<hash>.data` and point the values at it; it goes again if the body fails."""
+    temporary = beside(path.with_suffix(".data"))
+    try:
+        with temporary.open("xb") as handle:
+            target = _Hashed(handle)
+            places = [
+                (value, *target.append(value.const_value)) for value in shown(values, "writing weights", len(values))
+            ]
+        sync(temporary)
+        digest = target.digest.hexdigest()
+        final = path.with_name(f"{path.stem}.{digest[:12]}.data")
+        existed = final.exists()
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    try:
+        for value, offset, length in places:
+            tensor = value.const_value
+            assert tensor is not None  # `_goes_outside` chose those that have one
+            value.const_value = ir.ExternalTensor(
+                final.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=str(value.name),
+                base_dir=path.parent,
+            )  # fmt: skip
+        yield {final.name: digest}
+    except BaseException:
+        if not existed:
+            final.unlink(missing_ok=True)
+        raise
+
+
+class _Hashed:
+    """A file that is hashed while it is written; one tensor at a time is in memory."""
+
+    def __init__(self, handle: BinaryIO):
+        self.handle, self.digest, self.position = handle, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.handle.write(view)
+        self.digest.update(view)
+        self.position += len(view)
+        return len(view)
+
+    def append(self, tensor: Any) -> tuple[int, int]:
+        self.write(bytes(-self.position % _ALIGNMENT))
+        start = self.position
+        tensor.tofile(self)
+        return start, self.position - start
+
+
+def _serialized(model: ir.Model, path: Path) -> bytes:
+    try:
+        return ir.serde.serialize_model(model).SerializeToString()
+    except ValueError as error:  # protobuf's limit of 2 GiB, which only a huge graph can reach: weights are outside
+        raise ExportError(f"the graph of {path.name} cannot be serialised: {error}") from error
+
+
+def _try(path: Path, session: Mapping[str, Any]) -> None:
+    try:
+        onnx.checker.check_model(str(path))
+        OnnxRunner(path, session)
+    except (onnx.checker.ValidationError, VerificationError) as error:
+        raise ExportError(
+            f"the exported model is not one that ONNX Runtime accepts, nothing was written: {error}"
+        ) from error
+
+
+def _remove_stale(path: Path, hashes: Mapping[str, str]) -> None:
+    """Data files of models that were here before under this name."""
+    ours = re.compile(re.escape(path.stem) + r"\.[0-9a-f]{12}\.data")
+    for entry in path.parent.iterdir():
+        if ours.fullmatch(entry.name) and entry.name not in hashes:
+            with suppress(OSError):  # the new model is complete; a left-over costs space, not correctness
+                entry.unlink()
