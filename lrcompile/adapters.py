@@ -1,4 +1,6 @@
-"""Adapters: the module that holds one site's added tensors and emits one dialect op, and the set of them a site carries."""
+"""Adapters: the module that holds one site's added tensors and emits one dialect op, and the set of them a site
+carries.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
+from lrcompile import dialect_experts as dialect_experts
 from lrcompile.errors import AdapterError
 
 RESERVED = frozenset(dir(nn.Module()))
@@ -17,8 +20,9 @@ RESERVED = frozenset(dir(nn.Module()))
 class LoraAdapter(nn.Module):
     """Δ = s·B·A, applied as y + s·(drop(x)Aᵀ)Bᵀ  (arXiv 2106.09685).
 
-    A `[rank, in]`, B `[out, rank]`; a stack of `copies` maps (experts, batched weights) carries a leading dimension on both. `scale` is
-    a 0-d float32 buffer that no cast touches and no checkpoint holds: `scale_value · weight` is the truth and refills it.
+    A `[rank, in]`, B `[out, rank]`; a stack of `copies` maps (experts, batched weights) carries a leading dimension on
+    both. `scale` is a 0-d float32 buffer that no cast touches and no checkpoint holds: `scale_value · weight` is the
+    truth and refills it.
     """
 
     def __init__(
@@ -64,6 +68,12 @@ class LoraAdapter(nn.Module):
     def rows(self, y: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
         """The part of the map that produces output rows start…stop, where one weight stacks several maps (q, k, v)."""
         return torch.ops.lrcompile.lora.default(y, x, self.A, self.B[start:stop], self.scale, self.probability)
+
+    def experts(self, y: Tensor, x: Tensor, index: Tensor | int) -> Tensor:
+        """The map of the stack that each row is routed to: `index` is one expert for all rows, or one for each."""
+        if isinstance(index, int):
+            return torch.ops.lrcompile.lora.default(y, x, self.A[index], self.B[index], self.scale, self.probability)
+        return torch.ops.lrcompile.lora_experts.default(y, x, self.A, self.B, self.scale, index, self.probability)
 
     def lookup(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """The map applied to one-hot rows given by index, as an embedding does."""
