@@ -162,7 +162,8 @@ FAMILIES: tuple[Family, ...] = (
            "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2}}, base_exports=False,
            also=("mlp.w1", "mlp.v1", "mlp.w2"), refused="mlp.w1: the forward never uses it"),
     Family("jetmoe", "mixture", "JetMoeForCausalLM", {**CAUSAL, "num_local_experts": 4, "num_experts_per_tok": 2,
-           "kv_channels": 12}, also=("input_linear", "output_linear")),
+           "kv_channels": 12},
+           also=("input_linear", "output_linear"), refused="input_linear: it is used by `getitem`"),
     # state space
     Family("mamba", "state-space", "MambaForCausalLM", {"vocab_size": VOCAB, "hidden_size": 48,
            "num_hidden_layers": 2, "state_size": 8, "intermediate_size": 80, "expand": 2, "time_step_rank": 5},
