@@ -27,8 +27,8 @@ def test_one_sharded_step_of_two_processes_equals_the_step_of_one(tmp_path: Path
     sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
 
     # two halves averaged instead of one mean over eight rows: a few roundings of float32
-    close = {"rtol": 16 * torch.finfo(torch.float32).eps, "atol": 16 * torch.finfo(torch.float32).eps}
-    assert_close(sharded["loss"], loss, **close)
+    limit = 16 * torch.finfo(torch.float32).eps
+    assert_close(sharded["loss"], loss, rtol=limit, atol=limit)
     for name, p in whole.named_parameters():
-        assert_close(sharded["parameters"][name], p.detach(), **close)
+        assert_close(sharded["parameters"][name], p.detach(), rtol=limit, atol=limit)
         assert torch.equal(p, start[name]) == ("lrcompile_adapters" not in name), name
