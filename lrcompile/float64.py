@@ -114,7 +114,8 @@ def _check(func: Any, result: Any) -> Any:
         if _is_narrow(value):
             raise VerificationError(
                 f"{func} produced {value.dtype} {tuple(value.shape)} inside the float64 reference, "
-                "which would be no better than the model it is to judge; compute this part with operators that follow their input's dtype"
+                "which would be no better than the model it is to judge; "
+                "compute this part with operators that follow their input's dtype"
             )
     return result
 

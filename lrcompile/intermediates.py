@@ -39,7 +39,7 @@ def first_divergence(
     if find is None:
         return (
             None,
-            f"no first divergence: {candidate.label} shows no intermediate values; verify what it was made from",
+            f"no first divergence: {candidate.label} shows no intermediate values",
         )
     places = reference_places(reference, inputs, roundoff)
     actual = find(inputs, {name: place.exact.shape for name, place in places.items()})

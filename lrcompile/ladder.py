@@ -21,6 +21,7 @@ class Ladder:
         self.expected = expected
         self.limits = limits
         self.rungs: list[Rung] = [Rung("float64", 0.0, 0.0, 0.0, 0.0)]
+        self.judged: list[Rung] = []
         self.rows: list[OutputRow] = []
         self.failures: list[str] = []
         self.first_failed: str | None = None
@@ -35,14 +36,14 @@ class Ladder:
             row, failure = compare(want, got, mine, self.limits)
             rows.append(row)
             failures += failure
-        self.rows = [_worst(each) for each in zip(*rows, strict=True)]
+        merged = [_worst(each) for each in zip(*rows, strict=True)]
         error, cosine = adapter_effect(self.expected, actual)
         added = [self._added(index, got) for index, got in enumerate(actual)]
         self.rungs.append(
             Rung(
                 name,
-                max((row.bound_ratio for row in self.rows if row.bound_ratio is not None), default=0.0),
-                max((row.max_abs_error for row in self.rows if row.max_abs_error is not None), default=0.0),
+                max((row.bound_ratio for row in merged if row.bound_ratio is not None), default=0.0),
+                max((row.max_abs_error for row in merged if row.max_abs_error is not None), default=0.0),
                 max(ratio for ratio, _ in added),
                 max(size for _, size in added),
                 error,
@@ -52,6 +53,9 @@ class Ladder:
         self.before = actual
         if not judged:
             return
+        self.judged.append(self.rungs[-1])
+        if self.first_failed is None:
+            self.rows = merged
         failures += self._adapter_failures(error)
         if failures and self.first_failed is None:
             self.first_failed = name
@@ -83,12 +87,13 @@ class Ladder:
         return ratio, size
 
     def verdict(self, dtype: str, session: dict[str, Any]) -> Verdict:
-        last = self.rungs[-1]
+        shares = [rung.adapter_relative_error for rung in self.judged if rung.adapter_relative_error is not None]
+        cosines = [rung.effect_cosine for rung in self.judged if rung.effect_cosine is not None]
         return Verdict(
             ok=not self.failures,
-            bound_ratio=last.bound_ratio,
-            adapter_relative_error=last.adapter_relative_error,
-            effect_cosine=last.effect_cosine,
+            bound_ratio=max(rung.bound_ratio for rung in self.judged),
+            adapter_relative_error=max(shares, default=None),
+            effect_cosine=min(cosines, default=None),
             first_divergence=None,
             rungs=tuple(self.rungs),
             outputs=tuple(self.rows),

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lrcompile.errors import VerificationError
 from lrcompile.outputs import Inputs, call, copied, named_outputs
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What verification needs of a candidate: a label, the settings it runs under, and its outputs."""
 
@@ -90,6 +91,8 @@ def runner(candidate: Any, *, session: Mapping[str, Any] | None = None) -> Runne
         return ModuleRunner(candidate.module(), "ExportedProgram")
     if isinstance(candidate, nn.Module):
         return ModuleRunner(candidate)
+    if isinstance(candidate, Runner):
+        return candidate
     if isinstance(candidate, str | os.PathLike):
         path = Path(candidate)
         if not path.is_file():

@@ -14,15 +14,26 @@ _MAX_BYTES = 16 << 20
 def read_object(path: Path, *, schema: int | None = None) -> dict[str, Any]:
     """The object in `path`; with `schema`, only of that version."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise VerificationError(f"{path} is larger than {_MAX_BYTES} bytes; no manifest is")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_finite)
-    except (OSError, ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise VerificationError(f"{path} holds a {type(data).__name__}, an object was expected")
+        with path.open("rb") as handle:
+            text = handle.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read: {error}") from error
+    if len(text) > _MAX_BYTES:
+        raise VerificationError(f"{path} is larger than {_MAX_BYTES} bytes; no manifest is")
+    data = parse_object(text, str(path))
     if schema is not None and (type(data.get("schema")) is not int or data["schema"] != schema):
         raise VerificationError(f"{path} has schema {data.get('schema')!r}; this version reads schema {schema}")
+    return data
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """The object that `text` holds; `where` names it in errors."""
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise VerificationError(f"{where} holds a {type(data).__name__}, an object was expected")
     return data
 
 
@@ -30,9 +41,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
-        )
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return data
 
 

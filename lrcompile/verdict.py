@@ -115,8 +115,8 @@ class Divergence:
 class Verdict:
     """Whether a candidate computes what the reference means, with the numbers; prints as a table.
 
-    `bound_ratio`, `adapter_relative_error` and `effect_cosine` are those of the last rung, the worst over outputs and
-    input sets.
+    `bound_ratio`, `adapter_relative_error` and `effect_cosine` are the worst over candidates, outputs and input sets;
+    `outputs` are those of the first candidate that fails, or of the last one.
     """
 
     ok: bool

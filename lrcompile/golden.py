@@ -1,0 +1,248 @@
+"""Goldens: stored inputs and outputs against which every later build is checked.
+
+A case is a folder with the model's tensors and configuration, inputs, and the outputs of the eager model. A check
+computes y64 and D anew and holds both what was recorded and what is computed now to r = max|y - y64| / D: no stored
+tolerance has to fit another machine, and neither side may drift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lrcompile.errors import LrcompileError, VerificationError
+from lrcompile.golden_files import (
+    DATA,
+    WEIGHTS,
+    Case,
+    cases,
+    changed_files,
+    environment,
+    pack,
+    read_case,
+    read_tensors,
+    unpack,
+    write_case,
+)
+from lrcompile.golden_models import describe, differing, furnish, rebuild, tensors_of
+from lrcompile.outputs import Inputs, input_sets
+from lrcompile.runners import ModuleRunner
+from lrcompile.verdict import Limits, Verdict
+from lrcompile.verification import verify
+
+__all__ = ["check", "record", "update"]
+
+
+def record(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    inputs: Inputs | list[Inputs],
+    *,
+    pipeline: str | None = None,
+    reason: str,
+    limits: Limits | None = None,
+    limits_reason: str = "defaults of lrcompile.Limits",
+) -> None:
+    """Store weights, configuration, `inputs` and the eager outputs of `model` as the case folder `path`, atomically.
+
+    `pipeline` names passes (`"merge,fold"`) to run on the captured model at each check. Adapters and NF4 layers of ours
+    are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes one), a missing
+    reason, or an input or setting that has no plain form.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise VerificationError(f"{folder} exists; golden.update changes a case, and says what changed")
+    _write(folder, model, input_sets(inputs), _stated(reason), pipeline, limits or Limits(), limits_reason, [])
+
+
+def check(path: str | os.PathLike[str], model: nn.Module | None = None, *, build: str | None = None) -> list[Verdict]:
+    """One verdict a case: are the recorded outputs, and those computed now, within r·D of float64?
+
+    `path` is a case or a folder of cases. A `transformers` case is rebuilt from its configuration; for others give
+    `model`, judged as it is, or `build="package.module:function"`, called for a model that gets the stored tensors. A
+    mismatch is a verdict with `.ok` False. A case that is malformed, of another version, or needs a model that was not
+    given raises `VerificationError`.
+    """
+    if model is not None and build is not None:
+        raise VerificationError("give model or build, not both")
+    return [_check(folder, model, build) for folder in cases(path)]
+
+
+def update(
+    path: str | os.PathLike[str],
+    *,
+    reason: str,
+    model: nn.Module | None = None,
+    build: str | None = None,
+    limits: Limits | None = None,
+) -> list[Verdict]:
+    """Print the drift of each case, then store what is computed now in its place; returns the verdicts printed.
+
+    `model` replaces the stored weights as well. `limits` may only tighten. The reason and the drift stay in the
+    manifest.
+    """
+    reason = _stated(reason)
+    folders = cases(path)
+    old = {folder: read_case(folder) for folder in folders}
+    for folder, case in old.items():
+        wider = (limits or Limits()).loosens(Limits.from_dict(case.limits)) if limits else []
+        if wider:
+            raise VerificationError(
+                f"{folder}: an update never loosens a limit ({', '.join(wider)}); record a new case instead"
+            )
+        if changed := changed_files(folder, case):
+            raise VerificationError(f"{folder}: {'; '.join(changed)}; restore it or record a new case")
+    verdicts = []
+    for folder, case in old.items():
+        verdict = _check(folder, model, build)
+        verdicts.append(verdict)
+        print(verdict)
+        weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
+        new = model if model is not None else _model(case, weights, build)
+        entry = {
+            "reason": reason,
+            "held": verdict.ok,
+            "drift": [[rung.name, str(rung.bound_ratio)] for rung in verdict.rungs],
+        }
+        sets = [unpack(tree, data) for tree in case.inputs]
+        kept = limits or Limits.from_dict(case.limits)
+        _write(folder, new, sets, case.reason, case.pipeline, kept, case.limits_reason, [*case.updates, entry])
+    return verdicts
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    sets: list[Inputs],
+    reason: str,
+    pipeline: str | None,
+    limits: Limits,
+    limits_reason: str,
+    updates: list[dict[str, Any]],
+) -> None:
+    architecture, adapters, quantization = describe(model)
+    outputs = [ModuleRunner(model).run(given) for given in sets]
+    data: dict[str, Tensor] = {}
+    packed = [pack(given, f"inputs/{index}", data) for index, given in enumerate(sets)]
+    for index, named in enumerate(outputs):
+        data |= {f"outputs/{index}/{name}": value for name, value in named.items()}
+    case = Case(
+        reason=reason,
+        model=architecture,
+        inputs=packed,
+        outputs=[list(named) for named in outputs],
+        limits=limits.to_dict(),
+        limits_reason=limits_reason,
+        environment=environment(),
+        adapters=adapters,
+        quantization=quantization,
+        pipeline=pipeline,
+        updates=updates,
+    )
+    write_case(folder, case, tensors_of(model), data)
+
+
+def _check(folder: Path, model: nn.Module | None, build: str | None) -> Verdict:
+    case = read_case(folder)
+    limits = Limits.from_dict(case.limits)
+    changed = changed_files(folder, case)
+    if changed:
+        return _failed(folder, limits, changed)
+    weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
+    now = model if model is not None else _model(case, weights, build)
+    sets = [unpack(tree, data) for tree in case.inputs]
+    if not all(isinstance(given, dict | tuple) for given in sets):
+        raise VerificationError(f"{folder}: an input set must be a dict or a tuple")
+    try:
+        recorded = [
+            {name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)
+        ]
+    except KeyError as error:
+        raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
+    rungs: dict[str, Any] = {"recorded": _Recorded(recorded), "now": now}
+    try:
+        if case.pipeline:
+            rungs["pipeline"] = _through_passes(now, sets, case.pipeline)
+        verdict = verify(now, rungs, sets, limits=limits)
+    except LrcompileError as error:
+        return _failed(folder, limits, [f"it cannot be compared: {error}"])
+    return dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))
+
+
+class _Recorded:
+    """The recorded outputs as a candidate; they belong to the input sets in order."""
+
+    label = "recorded"
+    session: dict[str, Any] = {"runtime": "none"}  # noqa: RUF012 (the protocol's field, never written)
+
+    def __init__(self, outputs: list[dict[str, Tensor]]):
+        self._left = iter(outputs)
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        return next(self._left)
+
+
+def _model(case: Case, weights: dict[str, Tensor], build: str | None) -> nn.Module:
+    if build is None:
+        return rebuild(case, weights)
+    module, _, function = build.partition(":")
+    if not module or not function:
+        raise VerificationError(f"build={build!r}: 'package.module:function' is expected")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise VerificationError(f"build={build!r} cannot be called: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise VerificationError(f"build={build!r} returned a {type(made).__name__}, not a module")
+    return furnish(made, case, weights)
+
+
+def _through_passes(model: nn.Module, sets: list[Inputs], pipeline: str) -> nn.Module:
+    from lrcompile import passes
+    from lrcompile.capture import capture
+
+    graph = capture(model, sets[0]).program.module()
+    passes.run(graph, pipeline)
+    return graph
+
+
+def _note(case: Case, now: nn.Module, weights: dict[str, Tensor], verdict: Verdict) -> str | None:
+    """Which of the things that may explain a drift differ from the recording."""
+    here = environment()
+    notes = [
+        f"recorded with {key} {value}, now {here.get(key)}"
+        for key, value in case.environment.items()
+        if here.get(key) != value
+    ]
+    other = [] if verdict.ok else differing(now, weights)
+    if other:
+        notes.append(
+            f"{len(other)} tensors are not the recorded ones: {', '.join(other[:5])}{'…' if len(other) > 5 else ''}"
+        )
+    return "; ".join([*notes, *([verdict.note] if verdict.note else [])]) or None
+
+
+def _failed(folder: Path, limits: Limits, reasons: list[str]) -> Verdict:
+    return Verdict(
+        ok=False,
+        bound_ratio=float("inf"),
+        adapter_relative_error=None,
+        effect_cosine=None,
+        first_divergence=None,
+        rungs=(),
+        outputs=(),
+        limits=limits,
+        failures=tuple(reasons),
+        name=str(folder),
+    )
+
+
+def _stated(reason: str) -> str:
+    if not isinstance(reason, str) or not reason.strip():
+        raise VerificationError("a golden needs a reason: why this case exists, or why it changes")
+    return reason.strip()

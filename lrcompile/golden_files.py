@@ -1,0 +1,205 @@
+"""The files of a golden case: `golden.json`, `weights.safetensors`, `data.safetensors`. A case from outside is hostile.
+
+Sizes and header are bounded before anything is allocated, every key may stand once, unknown keys and versions are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrcompile.errors import VerificationError
+from lrcompile.manifest import sha256
+from lrcompile.strictjson import parse_object, read_object
+from lrcompile.verdict import Limits
+from lrcompile.writing import atomic_folder
+
+SCHEMA = 1
+MANIFEST, WEIGHTS, DATA = "golden.json", "weights.safetensors", "data.safetensors"
+MAX_BYTES = 4 << 30
+_MAX_HEADER = 32 << 20
+_MAX_TENSORS = 100_000
+_MAX_RANK = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """What `golden.json` says. `model` describes how to rebuild it, `inputs` are trees whose leaves name tensors in
+    the data file.
+    """
+
+    reason: str
+    model: dict[str, Any]
+    inputs: list[Any]
+    outputs: list[list[str]]
+    limits: dict[str, Any]
+    limits_reason: str
+    environment: dict[str, Any]
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    quantization: dict[str, Any] | None = None
+    pipeline: str | None = None
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+def write_case(path: Path, case: Case, weights: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> None:
+    """Exchange the folder `path` as a whole for one that holds this case."""
+    with atomic_folder(path, error=VerificationError) as folder:
+        for name, tensors in ((WEIGHTS, weights), (DATA, data)):
+            own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            try:
+                save_file(own, folder / name)
+            except SafetensorError as error:
+                raise VerificationError(f"{path}: {name} cannot be written: {error}") from error
+        content = {
+            "schema": SCHEMA,
+            **asdict(case),
+            "sha256": {name: sha256(folder / name) for name in (WEIGHTS, DATA)},
+        }
+        try:
+            text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise VerificationError(f"{path}: something of this case has no form in JSON: {error}") from error
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_case(path: Path) -> Case:
+    """The manifest of the case in the folder `path`; unknown keys, missing keys and wrong types are refused."""
+    manifest = path / MANIFEST
+    _own_file(manifest)
+    content = read_object(manifest, schema=SCHEMA)
+    del content["schema"]
+    known = {entry.name: str(entry.type) for entry in fields(Case)}
+    if set(content) != set(known):
+        unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
+        raise VerificationError(f"{manifest}: unknown keys {unknown}, missing keys {missing}")
+    kinds = {"str": str, "dict": dict, "list": list}
+    for name, kind in known.items():
+        value = content[name]
+        if not (value is None and kind.endswith("| None")) and not isinstance(
+            value, kinds[kind.split("[")[0].split(" ")[0]]
+        ):
+            raise VerificationError(f"{manifest}: {name} is a {type(value).__name__}; {kind} is expected")
+    if set(content["sha256"]) != {WEIGHTS, DATA} or len(content["inputs"]) != len(content["outputs"]):
+        raise VerificationError(f"{manifest}: sha256 must name {WEIGHTS} and {DATA}, and each input its outputs")
+    if not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in content["outputs"]
+    ):
+        raise VerificationError(f"{manifest}: outputs must be lists of names")
+    Limits.from_dict(content["limits"])
+    return Case(**content)
+
+
+def changed_files(path: Path, case: Case) -> list[str]:
+    """A sentence for each file whose content is not the recorded one."""
+    reasons = []
+    for name, expected in case.sha256.items():
+        _own_file(path / name)
+        if sha256(path / name) != expected:
+            reasons.append(f"{name} is not the file that was recorded (sha256 differs)")
+    return reasons
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose header claims no more than the file holds."""
+    _own_file(path)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise VerificationError(f"{path} has {size} bytes; a golden file has at most {MAX_BYTES}")
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise VerificationError(f"{path} is no safetensors file, or is truncated")
+        header = parse_object(handle.read(length), str(path))
+    header.pop("__metadata__", None)
+    if len(header) > _MAX_TENSORS:
+        raise VerificationError(f"{path} claims {len(header)} tensors; at most {_MAX_TENSORS} are taken")
+    for name, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        plain = (
+            isinstance(shape, list)
+            and len(shape) <= _MAX_RANK
+            and all(type(each) is int and each >= 0 for each in shape)
+        )
+        if not plain or math.prod(shape or ()) > 8 * size:
+            raise VerificationError(f"{path}: tensor {name!r} claims the shape {shape}")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise VerificationError(f"{path} cannot be read: {error}") from error
+
+
+def _own_file(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise VerificationError(f"{path} is missing or is a link; a golden case holds its files itself")
+
+
+def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree of inputs as plain JSON; its tensors go into `tensors` under names that begin with `prefix`."""
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
+        return {"tensor": prefix}
+    if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: pack(value, f"{prefix}/{key}", tensors) for key, value in tree.items()}}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [pack(value, f"{prefix}/{index}", tensors) for index, value in enumerate(tree)]}
+    if tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
+        return {"value": tree}
+    raise VerificationError(
+        f"an input of type {type(tree).__name__} at {prefix} cannot be stored; tensors and plain values can"
+    )
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
+    """The inverse of `pack`."""
+    if not isinstance(tree, dict) or len(tree) != 1 or depth > 32:
+        raise VerificationError(f"a golden's input is malformed: {str(tree)[:80]}")
+    kind, content = next(iter(tree.items()))
+    if kind == "tensor" and isinstance(content, str) and content in tensors:
+        return tensors[content]
+    if kind == "dict" and isinstance(content, dict):
+        return {key: unpack(value, tensors, depth + 1) for key, value in content.items()}
+    if kind in ("list", "tuple") and isinstance(content, list):
+        items = [unpack(value, tensors, depth + 1) for value in content]
+        return items if kind == "list" else tuple(items)
+    if kind == "value" and (content is None or isinstance(content, bool | int | float | str)):
+        return content
+    raise VerificationError(f"a golden's input is malformed: {str(tree)[:80]}")
+
+
+def environment() -> dict[str, Any]:
+    """What may explain a drift: versions, instruction set, threads."""
+    import platform
+
+    import lrcompile
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lrcompile": lrcompile.__version__,
+    }
+    return {**versions, "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+
+
+def cases(path: str | os.PathLike[str]) -> list[Path]:
+    """The case folder `path`, or the case folders in it."""
+    folder = Path(path)
+    if (folder / MANIFEST).exists():
+        return [folder]
+    found = sorted(entry.parent for entry in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+    if not found:
+        raise VerificationError(f"{folder} is no golden case and holds none: there is no {MANIFEST}")
+    return found
