@@ -85,7 +85,8 @@ class LoraAdapter(nn.Module):
         return (self.B.detach().to(dtype) @ self.A.detach().to(dtype)) * (self.scale_value * self.weight)
 
     def extra_repr(self) -> str:
-        return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, rank={self.rank}, scale={self.scale_value:.6g}, dropout={self.dropout:g}"
+        sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, rank={self.rank}"
+        return f"{sizes}, scale={self.scale_value:.6g}, dropout={self.dropout:g}"
 
 
 class AdapterSet(nn.Module):

@@ -1,4 +1,6 @@
-"""`apply`: attach one named adapter to every site a spec means, and freeze the rest; `remove`: take it out again, bit for bit."""
+"""`apply`: attach one named adapter to every site a spec means, and freeze the rest; `remove`: take it out again, bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,19 @@ from lrcompile.wrapping import refuse_wrapped
 def apply(model: nn.Module, spec: Spec, *, name: str = "default", example_inputs: Any = None) -> nn.Module:
     """y = xWᵀ + b  becomes  y = xWᵀ + b + s·(xAᵀ)Bᵀ at every site of `spec`; in place, returns `model`.
 
-    The new adapter is active alone and the only thing that trains. Base parameters keep their identity, names and bits. An
-    `fx.GraphModule` (also the module of an exported program) gets the same rewrite on its nodes. With `example_inputs` (a dict of
-    keyword or a tuple of positional arguments) it is proved on the spot that every adapter is reached, gets a gradient and merges.
+    The new adapter is active alone and the only thing that trains. Base parameters keep their identity, names and
+    bits. An `fx.GraphModule` (also the module of an exported program) gets the same rewrite on its nodes. With
+    `example_inputs` (a dict of keyword or a tuple of positional arguments) it is proved on the spot that every adapter
+    is reached, gets a gradient and merges.
 
-    Raises `SpecError` and `TargetError` (see `match`), `AdapterError` for a name in use, a wrapped or a merged model. On any error the
-    model is as it was.
+    Raises `SpecError` and `TargetError` (see `match`), `AdapterError` for a name in use, a wrapped or a merged model.
+    On any error the model is as it was.
     """
     if not isinstance(spec, Spec):
-        raise SpecError(f"apply takes a Spec (lrcompile.spec(...), Spec.load, Spec.from_peft), got {type(spec).__name__}", field="method")
+        raise SpecError(
+            f"apply takes a Spec (lrcompile.spec(...), Spec.load, Spec.from_peft), got {type(spec).__name__}",
+            field="method",
+        )
     refuse_wrapped(model, "apply to")
     matched = match(model, spec)
     attach(model, spec, name, matched)
@@ -82,7 +88,8 @@ def attach(model: nn.Module, spec: Spec, name: str, matched: Matched, *, trainab
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take out one adapter, or all of them: weights, classes and `requires_grad` are then what they were before `apply`.
+    """Take out one adapter, or all of them: weights, classes and `requires_grad` are then what they were before
+    `apply`.
 
     A merged model is unmerged first. Raises `AdapterError` for a name that is not there.
     """
@@ -103,14 +110,22 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
 def _check_name(state: State, name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED:
-        raise AdapterError(f"adapter name {name!r}: use letters, digits, _ and -, starting with a letter or digit, and no attribute of nn.Module")
+        raise AdapterError(
+            f"adapter name {name!r}: use letters, digits, _ and -, starting with a letter or digit, and no attribute"
+            " of nn.Module"
+        )
     if name in state.specs:
-        raise AdapterError(f"an adapter named {name!r} is applied already; give another name=, or lrcompile.remove(model, {name!r}) first")
+        raise AdapterError(
+            f"an adapter named {name!r} is applied already; give another name=, or lrcompile.remove(model, {name!r})"
+            " first"
+        )
 
 
 def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:
     if spec.dropout and any(site.graph is not None for site in hit):
-        raise SpecError("dropout must be 0 on a captured graph: its training flag is fixed when it is captured", field="dropout")
+        raise SpecError(
+            "dropout must be 0 on a captured graph: its training flag is fixed when it is captured", field="dropout"
+        )
 
 
 def _build(model: nn.Module, form: Any, spec: Spec, site: Site) -> nn.Module:
@@ -134,14 +149,24 @@ def _build(model: nn.Module, form: Any, spec: Spec, site: Site) -> nn.Module:
 def _quantize_base(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> None:
     from lrcompile.quantizing import is_nf4, quantize
 
-    plain = [site.name for site in hit if site.kind in ("linear", "conv1d") and not is_nf4(model.get_submodule(site.host))]
+    plain = [
+        site.name for site in hit if site.kind in ("linear", "conv1d") and not is_nf4(model.get_submodule(site.host))
+    ]
     if left := [site.name for site in hit if site.kind not in ("linear", "conv1d")]:
-        raise SpecError(f"{spec.method} holds nn.Linear and Conv1D weights in 4 bits, not {', '.join(left[:5])}; exclude them", field="targets")
+        raise SpecError(
+            f"{spec.method} holds nn.Linear and Conv1D weights in 4 bits, not {', '.join(left[:5])}; exclude them",
+            field="targets",
+        )
     if plain:
         quantize(
-            model, "nf4", block_size=spec.block_size, double_quant=spec.double_quant, compute_dtype=getattr(torch, spec.compute_dtype),
-            keep_base=spec.keep_base, targets="|".join(re.escape(each) for each in plain),
-        )  # fmt: skip
+            model,
+            "nf4",
+            block_size=spec.block_size,
+            double_quant=spec.double_quant,
+            compute_dtype=spec.compute_dtype,
+            keep_base=spec.keep_base,
+            targets="|".join(re.escape(each) for each in plain),
+        )
 
 
 def _place(model: nn.Module, state: State, name: str, matched: Matched, adapters: list[nn.Module]) -> None:
@@ -168,7 +193,9 @@ def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
         state.swapped[name] = mixin
 
 
-def _take_out(model: nn.Module, state: State, name: str, hit: Sequence[Site], active: dict[str, float], training: tuple[str, ...]) -> None:
+def _take_out(
+    model: nn.Module, state: State, name: str, hit: Sequence[Site], active: dict[str, float], training: tuple[str, ...]
+) -> None:
     """Undo `_place` and what goes with it, whatever part of it was done."""
     state.trained.drop(model, name)
     for site in hit:

@@ -1,9 +1,9 @@
 """The dialect `torch.ops.lrcompile`: what adapters emit, passes match and lowerings replace.
 
-Each composite op is registered `CompositeImplicitAutograd` with its plain reference as body: eager mode runs and differentiates it
-as ordinary aten, Dynamo and `torch.export` keep it as one node, AOTAutograd decomposes it for any backend. A dialect op never gets
-a backend kernel (that would silently remove its autograd); lowerings replace it by `lrcompile_kernels::*` instead.
-The one opaque op, `nf4_linear`, lives in `lrcompile.dialect_nf4`.
+Each composite op is registered `CompositeImplicitAutograd` with its plain reference as body: eager mode runs and
+differentiates it as ordinary aten, Dynamo and `torch.export` keep it as one node, AOTAutograd decomposes it for any
+backend. A dialect op never gets a backend kernel (that would silently remove its autograd); lowerings replace it by
+`lrcompile_kernels::*` instead. The one opaque op, `nf4_linear`, lives in `lrcompile.dialect_nf4`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LIBRARY.define("lora_embedding(Tensor y, Tensor ids, Tensor A, Tensor B, Tensor 
 def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0) -> Tensor:
     """y + s·(drop(x)Aᵀ)Bᵀ  (arXiv 2106.09685).
 
-    y `[..., out]`, x `[..., in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. The product is formed in y's dtype, so float32 master
-    factors beside a bfloat16 base cost two small casts and none of the activations' size. `dropout` is the probability in force
-    (0 in evaluation).
+    y `[..., out]`, x `[..., in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. The product is formed in y's dtype, so
+    float32 master factors beside a bfloat16 base cost two small casts and none of the activations' size. `dropout` is
+    the probability in force (0 in evaluation).
     """
     if dropout:
         x = F.dropout(x, dropout, True)
@@ -36,7 +36,8 @@ def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: flo
 def lora_embedding(y: Tensor, ids: Tensor, A: Tensor, B: Tensor, scale: Tensor, padding_idx: int = -1) -> Tensor:
     """y + s·(Aᵀ)[ids]·Bᵀ: the same pair read by row, in = the vocabulary.
 
-    y `[..., dim]`, ids integer `[...]`, A `[rank, vocabulary]`, B `[dim, rank]`; rows of `padding_idx` (-1: none) get no gradient.
+    y `[..., dim]`, ids integer `[...]`, A `[rank, vocabulary]`, B `[dim, rank]`; rows of `padding_idx` (-1: none) get
+    no gradient.
     """
     code = F.embedding(ids, A.t(), None if padding_idx < 0 else padding_idx).to(y.dtype) * scale.to(y.dtype)
     return y + F.linear(code, B.to(y.dtype))

@@ -1,4 +1,6 @@
-"""Every error a user can meet. Each says what was given, what was expected and what to do; the model is left as it was."""
+"""Every error a user can meet. Each says what was given, what was expected and what to do; the model is left as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -50,5 +52,6 @@ def require(package: str, extra: str):
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{package!r} is needed here and could not be imported ({error}); install it with: pip install 'lrcompile[{extra}]'"
+            f"{package!r} is needed here and could not be imported ({error}); install it with: pip install"
+            f" 'lrcompile[{extra}]'"
         ) from error

@@ -1,4 +1,6 @@
-"""What a weight holds, as something that can be taken out and put back: how a merge is undone, and how it is hidden for a while."""
+"""What a weight holds, as something that can be taken out and put back: how a merge is undone, and how it is hidden
+for a while.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,11 @@ MARK = "lrcompile"
 
 
 def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
-    """Make `graph`, whose attributes live on `root`, apply exactly the adapters that are live now; returns how many it inserted.
+    """Make `graph`, whose attributes live on `root`, apply exactly the adapters that are live now; returns how many it
+    inserted.
 
-    What an earlier call inserted is taken out first, so the rule is idempotent. Raises `NotALinearMap` when a weight is used otherwise.
+    What an earlier call inserted is taken out first, so the rule is idempotent. Raises `NotALinearMap` when a weight
+    is used otherwise.
     """
     erase_adapters(graph)
     count = 0

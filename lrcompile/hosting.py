@@ -1,7 +1,8 @@
 """Changing what a module's forward does without changing the module: its class is swapped for a generated subclass.
 
-Parameters keep their identity, names and bits; hooks, `isinstance`, `state_dict` and gradient checkpointing keep working. A generated
-class has no importable name, so instances rebuild through `_rebuild`, which `copy.deepcopy`, `torch.save` and a fresh process all use.
+Parameters keep their identity, names and bits; hooks, `isinstance`, `state_dict` and gradient checkpointing keep
+working. A generated class has no importable name, so instances rebuild through `_rebuild`, which `copy.deepcopy`,
+`torch.save` and a fresh process all use.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def swap(module: nn.Module, mixin: type[Host]) -> None:
     """Give `module` the forward of `mixin`, above the class it has."""
     if "forward" in module.__dict__:
         raise AdapterError(
-            f"{type(module).__name__}.forward was replaced on the instance (as accelerate's device hooks do); remove that patch first"
+            f"{type(module).__name__}.forward was replaced on the instance (as accelerate's device hooks do); remove"
+            " that patch first"
         )
     module.__class__ = host_class(mixin, type(module))
 
@@ -71,7 +73,9 @@ def swap(module: nn.Module, mixin: type[Host]) -> None:
 def restore(module: nn.Module, mixin: type[Host]) -> None:
     """Undo `swap`: the class `module` had before."""
     if not hosted_by(module, mixin):
-        raise AdapterError(f"{type(module).__name__} is not hosted by {mixin.__name__}: something else changed its class since")
+        raise AdapterError(
+            f"{type(module).__name__} is not hosted by {mixin.__name__}: something else changed its class since"
+        )
     module.__class__ = type(module)._lrcompile_original  # type: ignore[attr-defined]
 
 

@@ -35,7 +35,9 @@ def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def dead_names(model: nn.Module) -> list[str]:
-    """Adapter tensors that train and have no gradient after a backward pass. (An expert without a token has one, of zeros.)"""
+    """Adapter tensors that train and have no gradient after a backward pass. (An expert without a token has one, of
+    zeros.)
+    """
     return [name for name, tensor in _training(model) if tensor.grad is None]
 
 
@@ -46,7 +48,8 @@ def live_names(model: nn.Module) -> list[str]:
 def dead_message(names: Sequence[str]) -> str:
     listed = "\n".join(f"  {name}" for name in names[:8]) + (f"\n  … ({len(names)} in all)" if len(names) > 8 else "")
     return (
-        f"no gradient reaches {len(names)} adapter tensors:\n{listed}\nTheir weights are not used through their own modules on this path (read by a"
+        f"no gradient reaches {len(names)} adapter tensors:\n{listed}\nTheir weights are not used through their own"
+        " modules on this path (read by a"
         " parent, computed, under no_grad, or not at all). Exclude these sites, or fix the path."
     )
 
@@ -58,7 +61,11 @@ def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _drops_layers(model: nn.Module) -> bool:
     holders = [getattr(model, "config", None), *model.modules()]
-    return any(_probability(getattr(holder, key, 0)) > 0 for holder in holders for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
+    return any(
+        _probability(getattr(holder, key, 0)) > 0
+        for holder in holders
+        for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    )
 
 
 def _probability(value: object) -> float:

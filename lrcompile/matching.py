@@ -26,8 +26,8 @@ class Matched:
 def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Matched:
     """The sites of `model` that `spec` adapts.
 
-    Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a rank above
-    min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
+    Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a
+    rank above min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
     """
     found = sites.find(model)
     if spec.targets == targeting.ALL_LINEAR:
@@ -93,7 +93,10 @@ def _named(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Si
             hit.append(site)
     if refused := [site for site in hit if site.refusal]:
         listed = "\n".join(f"  {site.name}: {site.refusal}" for site in refused[:8])
-        raise TargetError(f"{len(refused)} of the targeted sites cannot be adapted:\n{listed}\nLeave them out with exclude=, or change them.")
+        raise TargetError(
+            f"{len(refused)} of the targeted sites cannot be adapted:\n{listed}\nLeave them out with exclude=, or"
+            " change them."
+        )
     return hit, spared
 
 
@@ -107,8 +110,10 @@ def _explain_other_modules(model: nn.Module, spec: Spec, names: Sequence[str]) -
         for name, module in model.named_modules():
             if name and targeting.hits((entry,), name):
                 raise TargetError(
-                    f"targets: {entry!r} names {name!r}, a {type(module).__name__}, which holds no weight that is one linear map;"
-                    " adapters act on nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention, 3-D expert weights and raw matrices"
+                    f"targets: {entry!r} names {name!r}, a {type(module).__name__}, which holds no weight that is"
+                    " one linear map;"
+                    " adapters act on nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention, 3-D expert weights and"
+                    " raw matrices"
                 )
 
 
@@ -118,7 +123,8 @@ def _check_ranks(spec: Spec, hit: Sequence[Site]) -> None:
         asked_for = any(targeting.pattern_hits(key, site.name) for key in spec.rank_pattern)
         if spec.rank > largest and not asked_for:
             raise SpecError(
-                f"rank={spec.rank} is above {largest}, the most a {site.out_features}×{site.in_features} map can have, at {site.name!r};"
+                f"rank={spec.rank} is above {largest}, the most a {site.out_features}×{site.in_features} map can"
+                f" have, at {site.name!r};"
                 f" lower it, exclude the site, or ask for it with rank_pattern={{{site.name!r}: …}}",
                 field="rank",
             )
@@ -151,9 +157,15 @@ def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
     owners = owners_of_parameters(model)
     notes = []
     for site in hit:
-        others = [name for name in owners.get(id(model.get_submodule(site.host)._parameters.get(site.slot)), ()) if name != site.parameter]
+        others = [
+            name
+            for name in owners.get(id(model.get_submodule(site.host)._parameters.get(site.slot)), ())
+            if name != site.parameter
+        ]
         if others:
-            notes.append(f"{site.name} shares its weight with {', '.join(others)}: only this use is adapted; merging unties them")
+            notes.append(
+                f"{site.name} shares its weight with {', '.join(others)}: only this use is adapted; merging unties them"
+            )
     return notes
 
 

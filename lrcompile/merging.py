@@ -13,9 +13,9 @@ from lrcompile.errors import MergeError
 from lrcompile.folds import Fold, Held, exchange, on_host
 from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
 from lrcompile.matching import owners_of_parameters
-from lrcompile.sites.site import Site
 from lrcompile.nf4_modules import Layout, codes_of, is_nf4, layout_of
 from lrcompile.quantizing import base_of
+from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, state_of
 from lrcompile.switching import rewrite_graphs
 from lrcompile.tables import render
@@ -54,24 +54,29 @@ class MergeReport:
         return self.worst.adapter_relative_error
 
     def to_dict(self) -> dict[str, Any]:
-        return {"adapters": list(self.adapters), "notes": list(self.notes), "sites": [vars(site) for site in self.sites]}
+        return {
+            "adapters": list(self.adapters),
+            "notes": list(self.notes),
+            "sites": [vars(site) for site in self.sites],
+        }
 
     def __str__(self) -> str:
         rows = [(s.name, s.dtype, f"{s.relative_size:.2e}", f"{s.adapter_relative_error:.2e}") for s in self.sites]
-        title = f"merged {', '.join(self.adapters)}: worst adapter-relative error {self.adapter_relative_error:.2e} at {self.worst.name}"
+        worst = f"{self.adapter_relative_error:.2e} at {self.worst.name}"
+        title = f"merged {', '.join(self.adapters)}: worst adapter-relative error {worst}"
         return render(("site", "dtype", "‖Δ‖/‖W‖", "error/‖Δ‖"), rows, title=title, notes=self.notes)
 
 
 def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", final: bool = False) -> MergeReport:
     """W ← cast(W + Σ s·B·A), formed in float32 (float64 for a float64 base) with one rounding; in place.
 
-    Folds the active adapters, or the active one called `name`. The original bits stay on the host, so that `unmerge` is exact; with
-    `final=True` adapters and kept bits are dropped and a plain model of the original classes is left. On an NF4 base `into` must say
-    what the weight becomes: "float32", "bfloat16" or "float16" (dequantized and folded, exact but for one rounding), or "nf4"
-    (requantized from the kept original weights, with the loss measured).
+    Folds the active adapters, or the active one called `name`. The original bits stay on the host, so that `unmerge`
+    is exact; with `final=True` adapters and kept bits are dropped and a plain model of the original classes is left.
+    On an NF4 base `into` must say what the weight becomes: "float32", "bfloat16" or "float16" (dequantized and folded,
+    exact but for one rounding), or "nf4" (requantized from the kept original weights, with the loss measured).
 
-    Raises `MergeError` if something is merged already, nothing is active, or rounding would take more than half of the update at a
-    site (the model is then as it was).
+    Raises `MergeError` if something is merged already, nothing is active, or rounding would take more than half of the
+    update at a site (the model is then as it was).
     """
     refuse_wrapped(model, "merge")
     state = state_of(model)
@@ -110,12 +115,17 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Drop adapters, kept bits and generated classes: what is left is a plain model that computes what the merged one does."""
+    """Drop adapters, kept bits and generated classes: what is left is a plain model that computes what the merged one
+    does.
+    """
     from lrcompile.adapting import remove
 
     state = state_of(model)
     if left := [name for name in state.active if name not in state.merged]:
-        raise MergeError(f"adapter {left[0]!r} is active but not merged; merge all active adapters, or deactivate it, before final=True")
+        raise MergeError(
+            f"adapter {left[0]!r} is active but not merged; merge all active adapters, or deactivate it, before"
+            " final=True"
+        )
     state.folds, state.merged, state.untied_config = {}, (), False
     state.trained.forget()
     remove(model)
@@ -142,24 +152,28 @@ def _check_into(model: nn.Module, chosen: Sequence[Site], into: str) -> None:
         if into != "keep":
             raise MergeError(f"into={into!r} is for an NF4 base, and no merged weight is quantized: leave it out")
         return
-    name, host = next(iter(quantized.items()))
+    name = next(iter(quantized))
     if into == "keep":
         raise MergeError(
-            f"{name!r} (of {len(quantized)} such sites) holds NF4 codes, on which a small update would round away: 2-3 % of it survives."
-            ' Keep the pair beside the base (export with adapters="inline": exact), or give into="bfloat16" or "float32" (dequantize and'
+            f"{name!r} (of {len(quantized)} such sites) holds NF4 codes, on which a small update would round away:"
+            " 2-3 % of it survives."
+            ' Keep the pair beside the base (export with adapters="inline": exact), or give into="bfloat16" or'
+            ' "float32" (dequantize and'
             ' fold), or into="nf4" on a base quantized with keep_base="cpu" (requantizes W + Δ; the loss is measured).'
         )
     if into == "nf4":
         if lost := [each for each, host in quantized.items() if base_of(host) is None]:
             raise MergeError(
-                f'into="nf4" requantizes from the original weights, and those of {lost[0]!r} were not kept; quantize with keep_base="cpu"'
+                f'into="nf4" requantizes from the original weights, and those of {lost[0]!r} were not kept; quantize'
+                ' with keep_base="cpu"'
             )
         return
     asked = getattr(torch, into)
     if wrong := [each for each, host in quantized.items() if layout_of(host).dtype != asked]:
         dtype = str(layout_of(hosts[wrong[0]]).dtype).removeprefix("torch.")
         raise MergeError(
-            f"{wrong[0]!r} computes on {dtype} activations, so a plain {into} weight would not fit them; give into={dtype!r}, or cast the"
+            f"{wrong[0]!r} computes on {dtype} activations, so a plain {into} weight would not fit them; give"
+            f" into={dtype!r}, or cast the"
             f" model first (model.to(torch.{into}))"
         )
 
@@ -210,7 +224,9 @@ def _folded_nf4(host: nn.Module, into: str) -> tuple[Tensor, _FromCodes]:
         return values, _FromCodes(values, getattr(torch, into), layout)
     double = codes_of(host).absmax_scale is not None
     start = base_of(host).to(values.device, torch.float32)
-    return values, _FromCodes(start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout))
+    return values, _FromCodes(
+        start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout)
+    )
 
 
 def _measure(name: str, before: Tensor, after: Tensor, delta: Tensor, into: str | None) -> FoldedSite:
@@ -229,8 +245,10 @@ def _measure(name: str, before: Tensor, after: Tensor, delta: Tensor, into: str 
 def _erased_message(erased: Sequence[FoldedSite]) -> str:
     worst = max(erased, key=lambda row: row.adapter_relative_error)
     return (
-        f"rounding to {worst.dtype} would take {worst.adapter_relative_error:.0%} of the update at {worst.name!r} (and more than half at"
-        f" {len(erased)} sites in all), whose size is {worst.relative_size:.1e} of the weight's. Merge a float32 copy (model.float()), or keep"
+        f"rounding to {worst.dtype} would take {worst.adapter_relative_error:.0%} of the update at {worst.name!r}"
+        " (and more than half at"
+        f" {len(erased)} sites in all), whose size is {worst.relative_size:.1e} of the weight's. Merge a float32"
+        " copy (model.float()), or keep"
         " the adapter beside the base."
     )
 
@@ -264,4 +282,3 @@ def _untie_config(model: nn.Module, state: State) -> None:
     if any(fold.tied_to for fold in state.folds.values()) and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         state.untied_config = True
-

@@ -1,4 +1,6 @@
-"""The proof `apply(…, example_inputs=…)` asks for: every adapter is reached, gets a gradient, and merges to the same function."""
+"""The proof `apply(…, example_inputs=…)` asks for: every adapter is reached, gets a gradient, and merges to the same
+function.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from lrcompile.state import adapter_set, adapter_tensors, state_of
 def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
     """Raise `TargetError` naming the sites where the adapter `name` does not act exactly as its weight does.
 
-    B is random while the proof runs (zero would prove nothing) and restored afterwards, as are gradients, modes and random state.
+    B is random while the proof runs (zero would prove nothing) and restored afterwards, as are gradients, modes and
+    random state.
     """
     state = state_of(model)
     with _probing(model, name):
@@ -28,17 +31,22 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
         if state.dead:
             raise TargetError(dead_message(state.dead))
         model.eval()
-        if state.sites[name][0].graph is None and any("weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]):
+        if state.sites[name][0].graph is None and any(
+            "weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]
+        ):
             return  # an NF4 weight cannot be folded without saying into what
         if bad := _bypassed(model, name, example_inputs):
             listed = "\n".join(f"  {site.name}" for site in bad)
             raise TargetError(
-                f"merging changes what the model computes, so the weight is also used past its adapter, at:\n{listed}\nExclude these sites."
+                f"merging changes what the model computes, so the weight is also used past its adapter,"
+                f" at:\n{listed}\nExclude these sites."
             )
 
 
 def _bypassed(model: nn.Module, name: str, example_inputs: Any) -> list[Site]:
-    """Sites whose merged weight computes something else than weight and adapter, each tried alone if all together disagree."""
+    """Sites whose merged weight computes something else than weight and adapter, each tried alone if all together
+    disagree.
+    """
     state = state_of(model)
     plain = _run(model, example_inputs)
     if _agree(model, name, state.sites[name], plain, example_inputs):

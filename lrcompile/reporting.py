@@ -23,7 +23,9 @@ class Row:
     rank: int | None
     adapted: bool
     dead: bool | None
-    """No gradient reaches it; None as long as nobody looked (the first optimizer step does, or `apply(example_inputs=…)`)."""
+    """No gradient reaches it; None as long as nobody looked (the first optimizer step does, or
+    `apply(example_inputs=…)`).
+    """
     reason: str
     """Why it is not adapted, or what else is to be said."""
 
@@ -49,14 +51,17 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (r.name, r.kind, r.in_features, r.out_features, "-" if r.rank is None else r.rank, _mark(r), r.reason) for r in self.sites
+            (r.name, r.kind, r.in_features, r.out_features, "-" if r.rank is None else r.rank, _mark(r), r.reason)
+            for r in self.sites
         ]
         hit = sum(row.adapted for row in self.sites)
         title = (
             f"adapters: {', '.join(self.adapters)} (active: {', '.join(self.active) or 'none'}"
             f"{'; merged: ' + ', '.join(self.merged) if self.merged else ''})\n"
-            f"sites: {hit} adapted, {len(self.sites) - hit} left alone · trainable: {self.trainable:,} of {self.total:,}"
-            f" ({self.trainable / max(self.total, 1):.3%}, {_size(self.trainable_bytes)}) · base: {_size(self.base_bytes)}"
+            f"sites: {hit} adapted, {len(self.sites) - hit} left alone · trainable: {self.trainable:,} of"
+            f" {self.total:,}"
+            f" ({self.trainable / max(self.total, 1):.3%}, {_size(self.trainable_bytes)}) · base:"
+            f" {_size(self.base_bytes)}"
         )
         return render(("site", "kind", "in", "out", "rank", "adapted", "why"), rows, title=title, notes=self.notes)
 
@@ -88,12 +93,18 @@ def report(model: nn.Module) -> Report:
             lies = None if dead is None else any(name.startswith(_prefix(site.host, site.slot)) for name in killed)
             own = adapter_set(model, site)[adapter]
             copies = f"{site.copies} copies" if site.copies else ""
-            rows[site.name] = Row(site.name, site.kind, site.in_features, site.out_features, own.rank, True, lies, copies)
+            rows[site.name] = Row(
+                site.name, site.kind, site.in_features, site.out_features, own.rank, True, lies, copies
+            )
     for spared in state.spared.values():
         for site, why in spared:
-            rows.setdefault(site.name, Row(site.name, site.kind, site.in_features, site.out_features, None, False, None, why))
+            rows.setdefault(
+                site.name, Row(site.name, site.kind, site.in_features, site.out_features, None, False, None, why)
+            )
     training = [p for p in model.parameters() if p.requires_grad]
-    base = [t for name, t in [*model.named_parameters(), *model.named_buffers()] if sites.ADAPTERS not in name.split(".")]
+    base = [
+        t for name, t in [*model.named_parameters(), *model.named_buffers()] if sites.ADAPTERS not in name.split(".")
+    ]
     added = sum(p.numel() for name, p in model.named_parameters() if sites.ADAPTERS in name.split("."))
     return Report(
         sites=tuple(rows.values()),

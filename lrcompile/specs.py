@@ -1,4 +1,6 @@
-"""The spec: a frozen, validated description of a method and its targets. Pure data; importing it does not import torch."""
+"""The spec: a frozen, validated description of a method and its targets. Pure data; importing it does not import
+torch.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ def scale_of(scaling: str, rank: int, alpha: float) -> float:
 class Spec:
     """A method, its targets and its numbers. Build one with `lrcompile.spec`; every field is checked here, once.
 
-    `targets` and `exclude` follow PEFT: a list matches names by suffix, a string is a regular expression for whole names, and
-    "all-linear" is every linear map but output head, embeddings and mixture routers. `rank_pattern` and `alpha_pattern` map a
-    name suffix (or regular expression for it) to a number. `layers` restricts to these layer indices. `dtype` None: float32, or
-    the base's if wider. `seed` None: torch's global generator. Fields of one method only are in `options`, readable as attributes.
+    `targets` and `exclude` follow PEFT: a list matches names by suffix, a string is a regular expression for whole
+    names, and "all-linear" is every linear map but output head, embeddings and mixture routers. `rank_pattern` and
+    `alpha_pattern` map a name suffix (or regular expression for it) to a number. `layers` restricts to these layer
+    indices. `dtype` None: float32, or the base's if wider. `seed` None: torch's global generator. Fields of one method
+    only are in `options`, readable as attributes.
     """
 
     method: str
@@ -65,13 +68,18 @@ class Spec:
         put("exclude", _names("exclude", self.exclude or ()))
         put("train_modules", _list("train_modules", self.train_modules or ()))
         if not self.targets:
-            raise SpecError("targets is empty: give name suffixes, a regular expression, or 'all-linear'", field="targets")
+            raise SpecError(
+                "targets is empty: give name suffixes, a regular expression, or 'all-linear'", field="targets"
+            )
         if self.layers is not None:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
             put("layers", tuple(_integer("layers", index, 0) for index in layers))
         put("rank_pattern", {k: _integer("rank_pattern", v, 1) for k, v in _mapping("rank_pattern", self.rank_pattern)})
         positive = ("a finite number above 0", lambda v: v > 0)
-        put("alpha_pattern", {k: _number("alpha_pattern", v, *positive) for k, v in _mapping("alpha_pattern", self.alpha_pattern)})
+        put(
+            "alpha_pattern",
+            {k: _number("alpha_pattern", v, *positive) for k, v in _mapping("alpha_pattern", self.alpha_pattern)},
+        )
         _choice("scaling", self.scaling, SCALINGS)
         _choice("init", self.init, INITS)
         _choice("bias", self.bias, BIASES)
@@ -88,7 +96,9 @@ class Spec:
         given = {name: self.options.get(name, option.default) for name, option in known.items()}
         for name, value in given.items():
             if not known[name].valid(value):
-                raise SpecError(f"{name}={value!r} is not valid for {self.method}: expected {known[name].expected}", field=name)
+                raise SpecError(
+                    f"{name}={value!r} is not valid for {self.method}: expected {known[name].expected}", field=name
+                )
         return given
 
     def __getattr__(self, name: str) -> Any:
@@ -149,7 +159,9 @@ class Spec:
 
     @classmethod
     def from_peft(cls, config: Any) -> Spec:
-        """The spec of a PEFT config (object or the mapping of an `adapter_config.json`); unsupported settings are refused by name."""
+        """The spec of a PEFT config (object or the mapping of an `adapter_config.json`); unsupported settings are
+        refused by name.
+        """
         from lrcompile.interop.peft_config import spec_from_peft
 
         return spec_from_peft(config)

@@ -1,4 +1,6 @@
-"""What lrcompile knows of a model it has adapted: plain data beside the model, by qualified names, so that copies stay whole."""
+"""What lrcompile knows of a model it has adapted: plain data beside the model, by qualified names, so that copies stay
+whole.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,11 @@ def state_of(model: nn.Module) -> State:
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None:
         inner = [name for name, module in model.named_modules() if _ATTRIBUTE in module.__dict__]
-        hint = f"; its submodule {inner[0]!r} has one: pass that" if inner else "; call lrcompile.apply or lrcompile.load first"
+        hint = (
+            f"; its submodule {inner[0]!r} has one: pass that"
+            if inner
+            else "; call lrcompile.apply or lrcompile.load first"
+        )
         raise AdapterError(f"this {type(model).__name__} has no adapter{hint}")
     return found
 

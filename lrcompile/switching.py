@@ -15,11 +15,13 @@ from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, state_of
 
 
-def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float], *, train: str | Iterable[str] | None = None) -> nn.Module:
+def activate(
+    model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float], *, train: str | Iterable[str] | None = None
+) -> nn.Module:
     """y = xWᵀ + b + Σ wᵢ·sᵢ·(xAᵢᵀ)Bᵢᵀ over the named adapters (weight 1 where none is given); all others are inactive.
 
-    `train` names the adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a weight that is no
-    finite number, `MergeError` while merged.
+    `train` names the adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a
+    weight that is no finite number, `MergeError` while merged.
     """
     state = state_of(model)
     chosen = _weights(adapters)

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def render(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", notes: Iterable[str] = ()) -> str:
+def render(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", notes: Iterable[str] = ()
+) -> str:
     """The table as plain text, as wide as its content; columns of numbers are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -27,7 +29,7 @@ def render(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: s
 
 def _is_number(cell: str) -> bool:
     text = cell.strip().rstrip("%×KMGiB ").replace(",", "")
-    if text in ("", "-", "–"):
+    if text in ("", "-"):
         return True
     try:
         float(text)

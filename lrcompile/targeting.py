@@ -14,11 +14,13 @@ from lrcompile.specs import pattern_hits
 ALL_LINEAR = "all-linear"
 
 
-def select(names: Sequence[str], targets: str | Sequence[str], exclude: str | Sequence[str] = (), *, field: str = "targets") -> list[str]:
+def select(
+    names: Sequence[str], targets: str | Sequence[str], exclude: str | Sequence[str] = (), *, field: str = "targets"
+) -> list[str]:
     """The names that `targets` means and `exclude` does not, in order.
 
-    A list matches whole names or suffixes at a dot, a string is a regular expression for whole names. Raises `TargetError` naming
-    every entry that hits nothing, with the nearest names there are.
+    A list matches whole names or suffixes at a dot, a string is a regular expression for whole names. Raises
+    `TargetError` naming every entry that hits nothing, with the nearest names there are.
     """
     kept = [name for name in names if hits(targets, name)]
     dropped = {name for name in names if hits(exclude, name)}
@@ -38,7 +40,10 @@ def require_hits(names: Iterable[str], entries: str | Sequence[str], field: str)
     names = list(names)
     if isinstance(entries, str):
         if not any(hits(entries, name) for name in names):
-            raise TargetError(f"{field}={entries!r} as a regular expression matches no whole name among: {_sample(names)}", field=field)
+            raise TargetError(
+                f"{field}={entries!r} as a regular expression matches no whole name among: {_sample(names)}",
+                field=field,
+            )
         return
     missed = [entry for entry in entries if not any(hits((entry,), name) for name in names)]
     if missed:
@@ -52,7 +57,9 @@ def require_patterns(names: Iterable[str], patterns: Mapping[str, object], field
     names = list(names)
     missed = [key for key in patterns if not any(pattern_hits(key, name) for name in names)]
     if missed:
-        raise TargetError(f"{field}: {', '.join(map(repr, missed))} hits none of the adapted sites: {_sample(names)}", field=field)
+        raise TargetError(
+            f"{field}: {', '.join(map(repr, missed))} hits none of the adapted sites: {_sample(names)}", field=field
+        )
 
 
 def in_layers(name: str, layers: Sequence[int] | None) -> bool:
@@ -66,7 +73,8 @@ def in_layers(name: str, layers: Sequence[int] | None) -> bool:
 def output_heads(model: nn.Module) -> dict[str, str]:
     """Names of the linear maps that make the output, with the reason: what "all-linear" leaves alone.
 
-    That is `get_output_embeddings()`, and for a `transformers` model with a task head all that lies outside its base model.
+    That is `get_output_embeddings()`, and for a `transformers` model with a task head all that lies outside its base
+    model.
     """
     heads: dict[str, str] = {}
     inner = getattr(model, "base_model", None)
@@ -88,7 +96,9 @@ def is_router(model: nn.Module, host: str) -> bool:
     """A mixture's router: named gate or router beside (or over) a child called experts, or of a class called so."""
     parent, _, own = host.rpartition(".")
     cls = type(model.get_submodule(host)).__name__.lower()
-    beside = parent in dict(model.named_modules()) and any("experts" in child for child, _ in model.get_submodule(parent).named_children())
+    beside = parent in dict(model.named_modules()) and any(
+        "experts" in child for child, _ in model.get_submodule(parent).named_children()
+    )
     return (beside and own in ("gate", "router", "wg")) or cls.endswith(("router", "topkgate"))
 
 

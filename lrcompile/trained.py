@@ -1,4 +1,5 @@
-"""Base parameters that an adapter trains in full (`train_modules`, biases): every adapter has its own values, the base keeps its bits.
+"""Base parameters that an adapter trains in full (`train_modules`, biases): every adapter has its own values, the base
+keeps its bits.
 
 The parameter object never changes, only the storage it points at, so optimizers and names stay valid.
 """
@@ -43,7 +44,8 @@ class Trained:
             for name in self.names_of(adapter):
                 if name in wanted:
                     raise AdapterError(
-                        f"adapters {wanted[name]!r} and {adapter!r} both train {name!r} in full, so they cannot be active together"
+                        f"adapters {wanted[name]!r} and {adapter!r} both train {name!r} in full, so they cannot be"
+                        " active together"
                     )
                 wanted[name] = adapter
         for name in [name for name, adapter in self.in_place.items() if wanted.get(name) != adapter]:

@@ -2,7 +2,8 @@
 
     F.linear(x, W)  x @ W  x.matmul(Wᵀ)  torch.mm/bmm(x, W)  torch.addmm(b, x, W)  F.embedding(ids, W)
 
-with any chain of casts and transposes of W in between, as written by hand, symbolically traced, or captured by `torch.export`.
+with any chain of casts and transposes of W in between, as written by hand, symbolically traced, or captured by
+`torch.export`.
 """
 
 from __future__ import annotations
@@ -24,21 +25,25 @@ _PRODUCT_METHODS = {"matmul", "mm", "bmm", "__matmul__"}
 _SUM_PRODUCT = {torch.addmm, aten.addmm.default, torch.baddbmm, aten.baddbmm.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.detach.default, aten.alias.default}
 _CAST_METHODS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}
-_FLIPS: dict[Any, Callable[[tuple], bool]] = {
-    torch.t: lambda args: True,
-    aten.t.default: lambda args: True,
-    aten.numpy_T.default: lambda args: True,
-    torch.transpose: lambda args: _last_two(args),
-    aten.transpose.int: lambda args: _last_two(args),
-    aten.permute.default: lambda args: list(args[0]) == [1, 0],
+_FLIPS: dict[Any, Callable[[tuple, int], bool]] = {
+    torch.t: lambda args, ndim: True,
+    aten.t.default: lambda args, ndim: True,
+    aten.mT.default: lambda args, ndim: True,
+    aten.numpy_T.default: lambda args, ndim: ndim == 2,
+    torch.transpose: lambda args, ndim: _last_two(args, ndim),
+    aten.transpose.int: lambda args, ndim: _last_two(args, ndim),
+    torch.permute: lambda args, ndim: _permutes_last_two(args, ndim),
+    aten.permute.default: lambda args, ndim: _permutes_last_two(args, ndim),
 }
-_FLIP_METHODS: dict[str, Callable[[tuple], bool]] = {
-    "t": lambda args: True,
-    "transpose": lambda args: _last_two(args),
-    "permute": lambda args: list(args) in ([1, 0], [(1, 0)], [[1, 0]]),
+_FLIP_METHODS: dict[str, Callable[[tuple, int], bool]] = {
+    "t": lambda args, ndim: True,
+    "transpose": lambda args, ndim: _last_two(args, ndim),
+    "permute": lambda args, ndim: _permutes_last_two(args, ndim),
 }
 _HARMLESS_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
 _HARMLESS_METHODS = {"size", "dim", "numel", "is_floating_point", "get_device"}
+_KIND_OF_OTHER = {"to", "type_as"}
+"""`x.to(W)`: W says only of which kind the result is."""
 _HARMLESS = {aten.sym_size.int}
 
 
@@ -62,28 +67,32 @@ class Use:
     padding_idx: int | None = None
 
 
-def uses_of(graph: fx.Graph, target: str) -> list[Use]:
-    """Every use of the attribute `target`; raises `NotALinearMap` when one is something else, or when they disagree."""
+def uses_of(graph: fx.Graph, target: str, ndim: int) -> list[Use]:
+    """Every use of the attribute `target`, a weight of `ndim` dimensions; raises `NotALinearMap` when one is something
+    else, or when they disagree.
+    """
     found: list[Use] = []
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == target:
-            found += _follow(node, flipped=False)
+            found += _follow(node, ndim, flipped=False)
     for use in found[1:]:
         if (use.form, use.transposed) != (found[0].form, found[0].transposed):
-            raise NotALinearMap("it is used both as stored and transposed, so one pair of factors cannot serve both uses", use.node)
+            raise NotALinearMap(
+                "it is used both as stored and transposed, so one pair of factors cannot serve both uses", use.node
+            )
     return found
 
 
-def _follow(node: fx.Node, flipped: bool) -> Iterator[Use]:
+def _follow(node: fx.Node, ndim: int, flipped: bool) -> Iterator[Use]:
     for user in node.users:
-        if _is_harmless(user):
+        if _is_harmless(user, node):
             continue
         if _is_cast(user, node):
-            yield from _follow(user, flipped)
-        elif (flip := _flip(user, node)) is not None:
+            yield from _follow(user, ndim, flipped)
+        elif (flip := _flip(user, node, ndim)) is not None:
             if not flip:
                 raise NotALinearMap("it is rearranged by more than a transpose", user)
-            yield from _follow(user, not flipped)
+            yield from _follow(user, ndim, not flipped)
         else:
             yield _product(user, node, flipped)
 
@@ -91,6 +100,8 @@ def _follow(node: fx.Node, flipped: bool) -> Iterator[Use]:
 def _product(user: fx.Node, weight: fx.Node, flipped: bool) -> Use:
     args = user.args
     called = user.target if user.op == "call_function" else None
+    if user.kwargs.get("out") is not None:
+        raise NotALinearMap("its product is written into a given tensor (out=), past any adapter", user)
     if called in _LINEAR and _is(user, 1, "weight", weight):
         return Use(user, _argument(user, 0, "input"), "product", transposed=flipped)
     product = called in _PRODUCT or (user.op == "call_method" and user.target in _PRODUCT_METHODS)
@@ -122,30 +133,38 @@ def _is(node: fx.Node, position: int, keyword: str, value: fx.Node) -> bool:
     return given is value and sum(each is value for each in node.all_input_nodes) == 1
 
 
-def _is_harmless(user: fx.Node) -> bool:
+def _is_harmless(user: fx.Node, weight: fx.Node) -> bool:
+    """Does `user` read what kind of tensor the weight is, not its values?"""
     if user.op == "call_function" and user.target is getattr:
         return user.args[1] in _HARMLESS_ATTRIBUTES
+    if user.op == "call_method" and user.target in _KIND_OF_OTHER and user.args[0] is not weight:
+        return weight in user.args[1:] or weight in user.kwargs.values()
     return (user.op == "call_method" and user.target in _HARMLESS_METHODS) or user.target in _HARMLESS
 
 
 def _is_cast(user: fx.Node, weight: fx.Node) -> bool:
     if not user.args or user.args[0] is not weight:
-        return user.op == "call_method" and user.target in ("to", "type_as") and weight in user.args[1:]
+        return False
     return (user.op == "call_method" and user.target in _CAST_METHODS) or user.target in _CASTS
 
 
-def _flip(user: fx.Node, weight: fx.Node) -> bool | None:
+def _flip(user: fx.Node, weight: fx.Node, ndim: int) -> bool | None:
     """True: swaps the last two dimensions; False: rearranges otherwise; None: no rearrangement at all."""
     if not user.args or user.args[0] is not weight:
         return None
     if user.op == "call_function" and user.target is getattr and user.args[1] in ("T", "mT"):
-        return True
+        return user.args[1] == "mT" or ndim == 2
     rule = _FLIPS.get(user.target) if user.op == "call_function" else _FLIP_METHODS.get(str(user.target))
-    return None if rule is None or (user.op not in ("call_function", "call_method")) else rule(user.args[1:])
+    return None if rule is None or (user.op not in ("call_function", "call_method")) else rule(user.args[1:], ndim)
 
 
-def _last_two(dims: tuple) -> bool:
-    return sorted(dims) in ([0, 1], [-2, -1], [1, 2])
+def _last_two(dims: tuple, ndim: int) -> bool:
+    return sorted(dim % ndim for dim in dims) == [ndim - 2, ndim - 1]
+
+
+def _permutes_last_two(dims: tuple, ndim: int) -> bool:
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    return [dim % ndim for dim in order] == [*range(ndim - 2), ndim - 1, ndim - 2]
 
 
 def _describe(node: fx.Node) -> str:

@@ -31,7 +31,11 @@ def _wrapper(module: nn.Module) -> str | None:
         origin = f"{cls.__module__}.{cls.__qualname__}"
         if origin == "torch._dynamo.eval_frame.OptimizedModule":
             return "torch.compile"
-        if cls.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule") and cls.__module__.startswith("torch."):
+        if cls.__name__ in (
+            "DistributedDataParallel",
+            "FullyShardedDataParallel",
+            "FSDPModule",
+        ) and cls.__module__.startswith("torch."):
             return cls.__name__
     return "torch.jit" if origin_is_script(module) else None
 

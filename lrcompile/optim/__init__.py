@@ -1,4 +1,6 @@
-"""`optimizer`: the class you name, over what trains, with the method's step rules and the check for dead targets wired in."""
+"""`optimizer`: the class you name, over what trains, with the method's step rules and the check for dead targets wired
+in.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,23 @@ from lrcompile.state import has_state
 __all__ = ["optimizer"]
 
 
-def optimizer(model: nn.Module, cls: Callable[..., torch.optim.Optimizer], lr: float, **kw: Any) -> torch.optim.Optimizer:
-    """`cls` over the trainable parameters of `model`; a real `torch.optim.Optimizer` (state_dict, schedulers, Trainer, accelerate).
+def optimizer(
+    model: nn.Module, cls: Callable[..., torch.optim.Optimizer], lr: float, **kw: Any
+) -> torch.optim.Optimizer:
+    """`cls` over the trainable parameters of `model`; a real `torch.optim.Optimizer` (state_dict, schedulers, Trainer,
+    accelerate).
 
-    `model` may be wrapped by now (DistributedDataParallel, fully_shard, torch.compile). The first step raises `TargetError` naming every
-    adapter tensor no gradient reached. Raises `AdapterError` if nothing trains.
+    `model` may be wrapped by now (DistributedDataParallel, fully_shard, torch.compile). The first step raises
+    `TargetError` naming every adapter tensor no gradient reached. Raises `AdapterError` if nothing trains.
     """
     inner = next((module for module in model.modules() if has_state(module)), None)
     if inner is None:
         raise AdapterError("lrcompile.optimizer needs a model with an adapter; call lrcompile.apply first")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise AdapterError("nothing trains: call lrcompile.activate(model, name, train=name) to choose the adapter that does")
+        raise AdapterError(
+            "nothing trains: call lrcompile.activate(model, name, train=name) to choose the adapter that does"
+        )
     made = cls(parameters, lr=lr, **kw)
     watch(inner, made)
     return made

@@ -1,4 +1,6 @@
-"""How factors start. Each fills A `[..., rank, in]` and B `[..., out, rank]` in place; the product B·A is zero but where said."""
+"""How factors start. Each fills A `[..., rank, in]` and B `[..., out, rank]` in place; the product B·A is zero but
+where said.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def gaussian(A: Tensor, B: Tensor, generator: torch.Generator | None) -> None:
 
 
 def orthogonal(A: Tensor, B: Tensor, generator: torch.Generator | None) -> None:
-    """Even and odd rows of one orthogonal `[rank, rank]` matrix Q span A and B, so that B·A = 0 with neither zero (even ranks).
+    """Even and odd rows of one orthogonal `[rank, rank]` matrix Q span A and B, so that B·A = 0 with neither zero
+    (even ranks).
 
     A = Q[0::2]ᵀ X / 10 and B = (Q[1::2]ᵀ Z)ᵀ / 10 with standard normal X `[rank/2, in]`, Z `[rank/2, out]`.
     """

@@ -24,7 +24,7 @@ def find(model: nn.Module) -> list[Site]:
     aliases = _aliases(model)
     inside: tuple[str, ...] = ()
     for host, module in model.named_modules():
-        if ADAPTERS in host.split(".") or host.startswith(inside) and inside:
+        if ADAPTERS in host.split(".") or (host.startswith(inside) and inside):
             continue
         for kind in KINDS:
             slots = kind.slots(module)
@@ -44,10 +44,19 @@ def _named(kind: str, host: str, slots: list[Slot], aliases: tuple[str, ...]) ->
         graph_root = host if kind == "graph" else None
         names = [_site_name(base, local), *(_site_name(alias, local) for alias in aliases)]
         yield Site(
-            name=names[0], kind=slot.kind or kind, host=base, slot=local, in_features=slot.in_features, out_features=slot.out_features,
-            copies=slot.copies, transposed=slot.transposed, refusal=slot.refusal, aliases=tuple(names[1:]),
-            form=slot.form, graph=graph_root,
-        )  # fmt: skip
+            name=names[0],
+            kind=slot.kind or kind,
+            host=base,
+            slot=local,
+            in_features=slot.in_features,
+            out_features=slot.out_features,
+            copies=slot.copies,
+            transposed=slot.transposed,
+            refusal=slot.refusal,
+            aliases=tuple(names[1:]),
+            form=slot.form,
+            graph=graph_root,
+        )
 
 
 def _site_name(host: str, slot: str) -> str:

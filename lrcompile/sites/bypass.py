@@ -1,7 +1,9 @@
-"""Parents that read a child's weights by attribute, past the child's forward: the class each is given so that it does not.
+"""Parents that read a child's weights by attribute, past the child's forward: the class each is given so that it does
+not.
 
-`nn.TransformerEncoderLayer` runs one fused kernel on raw weights in evaluation (even with gradients on), and `nn.TransformerEncoder`
-feeds its layers nested tensors made for that kernel. `nn.MultiheadAttention` reads `out_proj.weight` (see `attention`).
+`nn.TransformerEncoderLayer` runs one fused kernel on raw weights in evaluation (even with gradients on), and
+`nn.TransformerEncoder` feeds its layers nested tensors made for that kernel. `nn.MultiheadAttention` reads
+`out_proj.weight` (see `attention`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from lrcompile.sites import attention
 
 
 def _pinned(value: bool) -> property:
-    """An attribute that reads as `value` while the class is swapped; what the instance holds underneath stays as it was."""
+    """An attribute that reads as `value` while the class is swapped; what the instance holds underneath stays as it
+    was.
+    """
 
     def ignore(self: nn.Module, new: object) -> None:
         raise AttributeError("cannot be set while an adapter is attached below this module")

@@ -29,7 +29,16 @@ HOST = AdaptedEmbedding
 def slots(module: nn.Module) -> list[Slot] | None:
     if not isinstance(module, nn.Embedding) or not keeps_forward(module, nn.Embedding):
         return None
-    return [Slot("weight", module.num_embeddings, module.embedding_dim, transposed=True, refusal=_refusal(module), form="lookup")]
+    return [
+        Slot(
+            "weight",
+            module.num_embeddings,
+            module.embedding_dim,
+            transposed=True,
+            refusal=_refusal(module),
+            form="lookup",
+        )
+    ]
 
 
 def _refusal(module: nn.Embedding) -> str | None:

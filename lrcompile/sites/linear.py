@@ -64,7 +64,9 @@ def keeps_forward(module: nn.Module, base: type[nn.Module]) -> bool:
 def refusal_of(module: nn.Module) -> str | None:
     """Why the weight of `module` is not a plain tensor that an update can be folded into."""
     if parametrize.is_parametrized(module):
-        return "its weight is computed by a parametrization; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        return (
+            "its weight is computed by a parametrization; call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
     weight = module._parameters.get("weight")
     if weight is None:
         if "weight_codes" in module._buffers:

@@ -1,7 +1,8 @@
 """A module that uses raw parameters of its own as linear maps: its forward is traced, and the traced nodes rewritten.
 
-A trace is one path through Python, so it is made anew for each signature a call can take: which arguments are tensors, the values of
-all others, the module's plain attributes (`training` among them) and the adapters that are live. Submodules are called, not entered.
+A trace is one path through Python, so it is made anew for each signature a call can take: which arguments are tensors,
+the values of all others, the module's plain attributes (`training` among them) and the adapters that are live.
+Submodules are called, not entered.
 """
 
 from __future__ import annotations
@@ -46,16 +47,20 @@ HOST = AdaptedParameters
 
 def slots(module: nn.Module) -> list[Slot] | None:
     """The raw matrices of `module`, each a site or a refusal; None when it has none, or belongs to torch itself."""
-    own = {name: p for name, p in module._parameters.items() if p is not None and p.dim() >= 2 and p.is_floating_point()}
+    own = {
+        name: p for name, p in module._parameters.items() if p is not None and p.dim() >= 2 and p.is_floating_point()
+    }
     if not own:
         return None
     cls = original_class(module)
     if cls.__module__.startswith("torch.nn.modules."):
-        return [Slot(name, refusal=f"{cls.__name__} does not use it as a linear map that can be rewritten") for name in own]
+        return [
+            Slot(name, refusal=f"{cls.__name__} does not use it as a linear map that can be rewritten") for name in own
+        ]
     try:
         graph = _trace(module, _default_constants(cls))
-    except Exception as error:  # noqa: BLE001 (tracing runs the user's forward on proxies: whatever it raises is the reason)
-        reason = f"{cls.__name__}.forward cannot be traced ({_first_line(error)}), so what it does with this weight is unknown"
+    except Exception as error:
+        reason = f"{cls.__name__}.forward cannot be traced, so its use of this weight is unknown: {_first_line(error)}"
         return [Slot(name, refusal=reason) for name in own]
     return [slot_of(graph, name, weight) for name, weight in own.items()]
 
@@ -71,11 +76,17 @@ def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
     transposed = uses[0].transposed
     if weight.dim() not in (2, 3):
         return Slot(name, refusal=f"it has {weight.dim()} dimensions; a linear map has 2, a stack of them 3")
-    if weight.dim() == 3 and uses[0].form == "product" and any(u.node.target is torch.nn.functional.linear for u in uses):
+    if (
+        weight.dim() == 3
+        and uses[0].form == "product"
+        and any(u.node.target is torch.nn.functional.linear for u in uses)
+    ):
         return Slot(name, refusal="a stack of maps cannot be the weight of F.linear")
     rows, columns = weight.shape[-2:]
     copies = weight.shape[0] if weight.dim() == 3 else None
-    return Slot(name, rows if transposed else columns, columns if transposed else rows, copies, transposed, form=uses[0].form)
+    return Slot(
+        name, rows if transposed else columns, columns if transposed else rows, copies, transposed, form=uses[0].form
+    )
 
 
 class _Shallow(fx.Tracer):
@@ -96,12 +107,17 @@ def _trace(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
 
 
 def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A call's arguments as tensors and plain constants; anything else would be frozen into the trace, so it is refused."""
+    """A call's arguments as tensors and plain constants; anything else would be frozen into the trace, so it is
+    refused.
+    """
     bound.apply_defaults()
     tensors: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:
-        variadic = bound.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = bound.signature.parameters[name].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
         if variadic and not value:
             continue
         if isinstance(value, torch.Tensor):
@@ -110,7 +126,8 @@ def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[di
             constants[name] = value
         else:
             raise AdapterError(
-                f"{cls.__name__}.forward was given {name}={type(value).__name__}; while its raw parameters are adapted it takes tensors,"
+                f"{cls.__name__}.forward was given {name}={type(value).__name__}; while its raw parameters are"
+                " adapted it takes tensors,"
                 " numbers, strings and None only"
             )
     return tensors, constants
@@ -122,10 +139,13 @@ def _compiled(module: nn.Module, constants: dict[str, Any]) -> Callable:
         graph = _trace(module, constants)
         insert_adapters(graph, module)
     except NotALinearMap as error:
-        raise AdapterError(f"called this way, {cls.__name__} uses an adapted weight as no linear map: {error.reason}") from error
+        raise AdapterError(
+            f"called this way, {cls.__name__} uses an adapted weight as no linear map: {error.reason}"
+        ) from error
     except Exception as error:
         raise AdapterError(
-            f"{cls.__name__}.forward cannot be traced for this call ({_first_line(error)}); its raw parameters cannot be adapted"
+            f"{cls.__name__}.forward cannot be traced for this call ({_first_line(error)}); its raw parameters"
+            " cannot be adapted"
         ) from error
     drop_constants(graph, set(constants))
     code = graph.python_code("self")

@@ -1,0 +1,33 @@
+"""The deploy pipeline, from a captured program to what a runtime is given: read it top to bottom."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lrcompile.passes.base import Pass
+from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
+from lrcompile.passes.expand_lora import ExpandLora
+from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.fold_scale import FoldScale
+from lrcompile.passes.merge_lora import MergeLora
+from lrcompile.passes.pipeline import Pipeline
+from lrcompile.passes.quantize_nf4 import QuantizeNf4
+
+
+def deploy(
+    adapters: Literal["merge", "inline"], *, into: str = "keep", quantize: str | None = None, keep_nf4: bool = True
+) -> Pipeline:
+    """The passes an export runs. `keep_nf4`: the runtime has an operator for NF4 codes, so they stay one node."""
+    none: tuple[Pass, ...] = ()
+    return Pipeline(
+        (
+            # 1. adapters
+            DropZeroAdapters(),
+            *((MergeLora(into=into),) if adapters == "merge" else (FoldScale(),)),
+            # 2. storage of the weights
+            *((QuantizeNf4(),) if quantize == "nf4" else none),
+            # 3. out of the dialect
+            ExpandLora(),
+            *(none if keep_nf4 else (ExpandNf4(),)),
+        )
+    )
