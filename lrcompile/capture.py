@@ -34,6 +34,7 @@ class Captured:
     dimensions: dict[str, str]  # symbol of the program -> name
     limits: dict[str, int]  # name -> largest size the model accepts, where it has one
     examples: tuple[tuple[Any, ...], dict[str, Any]]  # the (cloned, perhaps enlarged) arguments
+    shapes: Any  # what varies, in torch.export's form
 
 
 def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None) -> Captured:
@@ -66,7 +67,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         for symbol, interval in program.range_constraints.items()
         if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
     }
-    return Captured(program, _output_names(program), names, limits, (args, kwargs))
+    return Captured(program, _output_names(program), names, limits, (args, kwargs), shapes)
 
 
 def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

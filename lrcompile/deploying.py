@@ -1,4 +1,4 @@
-"""What becomes of adapters and weights when a model leaves: fold, keep beside, quantize; decided here, on the captured program."""
+"""What becomes of adapters and weights when a model leaves: folded, kept beside, quantized, on the captured program."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Deployed:
     recipes: dict[str, Recipe]
     adapters: dict[str, Any]
     nf4: list[str]
+    stored: torch.dtype | None  # of weights that a merge dequantized
 
 
 def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
@@ -57,7 +58,7 @@ def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
     stored = nf4_sites(program)
     if stored and plan.quantize:
         raise ExportError(
-            f"quantize={plan.quantize!r}: the model holds NF4 weights already ({stored[0]}, …); leave it out"
+            f"quantize={plan.quantize!r}: NF4 weights are in the model already ({stored[0]}, …); leave it out"
         )
     sites = _adapted(program)
     form = plan.adapters
@@ -67,7 +68,7 @@ def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
     folded, kept = [], dict.fromkeys(sites, "kept beside the weight") if form == "inline" else {}
     if plan.into is not None and (form != "merge" or not stored):
         raise ExportError(
-            f"into={plan.into!r} says what a merge makes of NF4 weights; here adapters={plan.adapters!r} and the model holds "
+            f"into={plan.into!r} says what a merge makes of NF4 weights; here adapters={plan.adapters!r} and there are "
             f"{'NF4' if stored else 'no NF4'} weights. Leave it out"
         )
     if form == "merge" and sites:
@@ -80,7 +81,9 @@ def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
             raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
     if plan.quantize:
         recipes = quantize_program(program, model, recipes)
-    return Deployed(recipes, {"form": form, "folded": folded, "inline": kept}, nf4_sites(program))
+    return Deployed(
+        recipes, {"form": form, "folded": folded, "inline": kept}, nf4_sites(program), DTYPES.get(plan.into or "")
+    )
 
 
 def _adapted(program: ExportedProgram) -> list[str]:
@@ -91,8 +94,8 @@ def _adapted(program: ExportedProgram) -> list[str]:
 def _into(plan: Plan, sites: list[str]) -> torch.dtype:
     if plan.into is None:
         raise ExportError(
-            f"adapters='merge' on weights stored as NF4 ({sites[0]}{', …' if len(sites) > 1 else ''}): rounding back to "
-            "NF4 would erase a small update. Keep the pair beside the base with adapters='inline' (exact, the default), or "
-            "give into='float32' or into='bfloat16' to dequantize and fold"
+            f"adapters='merge' on weights stored as NF4 ({sites[0]}{', …' if len(sites) > 1 else ''}): rounding "
+            "back to NF4 would erase a small update. Keep the pair beside the base with adapters='inline' (exact, the "
+            "default), or give into='float32' or into='bfloat16' to dequantize and fold"
         )
     return DTYPES[plan.into]

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.replay import unit_roundoff
 from lrcompile.verdict import Limits
 
 SCHEMA = 1
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx-ir", "transformers")
+_BOUND = 16.0
 _REASON = (
-    "bound_ratio: correct float32 kernels stay under 4, 16 leaves room for another order of summation and still catches an "
-    "int8 activation path; adapter_relative_error: above a merge into float16, below one that loses the adapter"
+    "bound_ratio: correct float32 kernels stay under 4, 16 leaves room for another order of summation and still "
+    "catches an int8 activation path; adapter_relative_error: above a merge into float16, below one that loses it"
 )
 _REASON_NF4 = (
-    "; NF4 weights add nothing: the reference is float64 over the same dequantized weights, and the kernels form codebook "
-    "times maximum and the product in float32"
+    "; NF4 weights add nothing: the reference is float64 over the same dequantized weights, and the kernels form "
+    "codebook times maximum and the product in float32"
 )
 
 
@@ -43,12 +45,19 @@ def fingerprint(model: nn.Module) -> str:
         if "lrcompile_adapters" in name.split(".") or not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data))
     return digest.hexdigest()
 
 
-def limits(has_nf4: bool) -> dict[str, Any]:
-    return {"limits": Limits().to_dict(), "limits_reason": _REASON + (_REASON_NF4 if has_nf4 else "")}
+def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dict[str, Any]:
+    """What the file is held to; weights `stored` in a narrower dtype than the model's `inner` one add their rounding."""
+    wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
+    reason = _REASON + (_REASON_NF4 if has_nf4 else "")
+    if wider > 1:
+        reason += (
+            f"; bound_ratio times {wider:g}: the folded weights are rounded to {str(stored).removeprefix('torch.')}"
+        )
+    return {"limits": Limits(bound_ratio=_BOUND * wider).to_dict(), "limits_reason": reason}
 
 
 def ports(program: torch.export.ExportedProgram, names: Iterable[str], dimensions: Mapping[str, str]) -> dict[str, Any]:

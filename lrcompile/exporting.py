@@ -1,4 +1,4 @@
-"""`export`: a model as one deployable file, its manifest beside it, and the means to prove that it computes the same."""
+"""`export`: a model as one deployable file, its manifest beside it, and the proof that it computes the same."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lrcompile.capture import Captured, Inputs, capture
 from lrcompile.deploying import Deployed, Plan, deploy
 from lrcompile.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
 from lrcompile.errors import ExportError, require
+from lrcompile.replay import working_dtype
 from lrcompile.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ def export(
 
     `example_inputs`: a dict (`model(**inputs)`) or a tuple (`model(*inputs)`); tensors are inputs of the file, anything
     else is a constant of it. `dynamic_shapes`: None lets dimension 0 of every tensor and dimension 1 of integer tensors
-    vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight while
-    writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized one. `into`
-    ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the
-    exported copy as NF4. `opset`: 18 to 26.
+    vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight
+    while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
+    one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
+    linear maps of the exported copy as NF4. `opset`: 18 to 26.
 
-    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json` appear
-    only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
+    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
+    appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
     path = Path(path)
@@ -108,7 +109,9 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "quantize": plan.quantize,
         "nf4": deployed.nf4,
         "base_sha256": fingerprint(model),
-        **limits(bool(deployed.nf4)),
+        **limits(
+            bool(deployed.nf4), working_dtype(model, [captured.examples[0] or captured.examples[1]]), deployed.stored
+        ),
     }
 
 
@@ -139,7 +142,7 @@ def _write_package(
         return encoded(manifest)
 
     with _status(f"compiling {path.name}"):
-        write(captured.program, deployed.recipes, path, describe)
+        write(captured, deployed.recipes, path, describe)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     W' = round(W + Σ s·B·A)        accumulated in float32 (float64 for a float64 W), rounded once to W's dtype
 
-The graph loses its adapter nodes at once; the sums are kept as recipes, so that a writer holds one folded weight at most.
+The graph loses its adapter nodes at once; the sums are kept as recipes, so that a writer holds one folded weight at
+most.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
-from lrcompile.programs import RESHAPES, Tensors, View
+from lrcompile.programs import RESHAPES, Tensors, View, substitute
 
 aten = torch.ops.aten
 
@@ -96,11 +97,11 @@ def site_of(node: fx.Node, tensors: Tensors) -> str:
 
 
 def fold_adapters(program: ExportedProgram, recipes: dict[str, Recipe] | None = None) -> Folded:
-    """Take every adapter node out of `program` whose base is a linear map or lookup of one weight; `recipes` say the rest.
+    """Take every adapter node out of `program` whose base is a product with, or lookup in, one weight.
 
-    `recipes`: weights that are themselves not computed yet. An adapter is kept, with the reason, where folding would change
-    what the model computes: a base output used elsewhere too, a computed weight, another input. A weight that has other uses,
-    not adapted or adapted differently, gets its own copy.
+    `recipes`: weights that are themselves not computed yet. An adapter is kept, with the reason, where folding would
+    change what the model computes: a base output used elsewhere too, a computed weight, another input. A weight that
+    has other uses, not adapted or adapted differently, gets its own copy.
     """
     tensors, folded = Tensors(program), Folded(dict(recipes or {}))
     refused: set[fx.Node] = set()
@@ -198,8 +199,7 @@ def _erase(program: ExportedProgram, tensors: Tensors, folded: Folded, found: li
                 for fold in group:
                     _rebase(program, fold, copy)
         for fold in folds:
-            fold.node.replace_all_uses_with(fold.node.args[0])  # type: ignore[arg-type]
-            program.graph.erase_node(fold.node)
+            substitute(program, fold.node, fold.node.args[0])  # type: ignore[arg-type]
 
 
 def _record(folded: Folded, tensors: Tensors, source: fx.Node, target: str, updates: list[Update]) -> None:
@@ -214,7 +214,7 @@ def _rebase(program: ExportedProgram, fold: _Fold, copy: fx.Node) -> None:
     node = copy
     with program.graph.inserting_before(fold.base):
         for step in fold.update.view.steps:
-            twin = program.graph.call_function(step.target, (node, *step.args[1:]), dict(step.kwargs))  # type: ignore[arg-type]
+            twin = program.graph.call_function(step.target, (node, *step.args[1:]), dict(step.kwargs))
             twin.meta = dict(step.meta)
             node = twin
     fold.base.replace_input_with(fold.weight, node)
@@ -245,5 +245,5 @@ def _span(source: fx.Node, view: View | None) -> tuple[int, int]:
     """First and one-past-last element of the storage that a view can touch."""
     part = torch.empty(tuple(source.meta["val"].shape), device="meta")
     part = part if view is None else view.of(part)
-    last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    return part.storage_offset(), part.storage_offset() + last + 1
+    first = int(part.storage_offset())
+    return first, first + 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))

@@ -1,9 +1,9 @@
-"""NF4 in a captured program: quantize the weights of a copy that is about to be written, or spell quantized ones out again."""
+"""NF4 in a captured program: quantize weights that are about to be written, or spell quantized ones out again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lrcompile import dialect_nf4 as dialect_nf4  # registers torch.ops.lrcompil
 from lrcompile.errors import ExportError
 from lrcompile.folding import LORA, Recipe
 from lrcompile.kernels.nf4_linear import Nf4, decode_absmax, dequantize_nf4, quantize_nf4
-from lrcompile.programs import Tensors
+from lrcompile.programs import Tensors, substitute
 from lrcompile.sites.linear import conv1d
 from lrcompile.targeting import is_router, output_heads
 
@@ -32,7 +32,7 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
 def quantize_program(
     program: ExportedProgram, model: nn.Module, recipes: Mapping[str, Recipe], block_size: int = 64
 ) -> dict[str, Recipe]:
-    """Store as NF4 what `lrcompile.quantize` would: the linear maps of `model` but its heads, routers and shared weights.
+    """Store as NF4 what `lrcompile.quantize` would: linear maps of `model` but heads, routers and shared weights.
 
     Each weight is computed, quantized and dropped before the next one. Returns the recipes still needed.
     """
@@ -93,8 +93,7 @@ def _store(
             (x, codes, absmax, None, None, bias, out_features, in_features, block_size, transposed, value.dtype),
         )
     stored.meta = dict(node.meta)
-    node.replace_all_uses_with(stored)
-    program.graph.erase_node(node)
+    substitute(program, node, stored)
 
 
 def spell_out_adapted(program: ExportedProgram, into: torch.dtype) -> dict[str, Recipe]:
@@ -104,15 +103,14 @@ def spell_out_adapted(program: ExportedProgram, into: torch.dtype) -> dict[str, 
         if node.target is not NF4_LINEAR or not any(user.target is LORA for user in node.users):
             continue
         x, codes, absmax, scale, offset, bias, out_features, in_features, block_size, transposed, _ = node.args
-        nf4 = Nf4(*(each if each is None else tensors.get(each) for each in (codes, absmax, scale, offset)))
+        second = (None, None) if scale is None else (tensors.get(scale), tensors.get(offset))
+        nf4 = Nf4(tensors.get(codes), tensors.get(absmax), *second)
         shape = torch.Size((in_features, out_features) if transposed else (out_features, in_features))
         name = tensors.targets[codes.name].removesuffix("_codes")
         # the program needs a tensor of this shape and dtype to refer to; one element, expanded, costs no memory
         weight = tensors.add(name, torch.empty(1, dtype=into).expand(shape), codes)
         recipes[tensors.targets[weight.name]] = Recipe(
-            lambda nf4=nf4, shape=shape, block_size=block_size: dequantize_nf4(nf4, tuple(shape), block_size),
-            into,
-            shape,
+            partial(dequantize_nf4, nf4, tuple(shape), block_size), into, shape
         )
         with program.graph.inserting_before(node):
             read = weight
@@ -123,8 +121,7 @@ def spell_out_adapted(program: ExportedProgram, into: torch.dtype) -> dict[str, 
                 read = _call(program, aten.to.dtype, (read, node.meta["val"].dtype))
             linear = program.graph.call_function(aten.linear.default, (x, read, bias))
         linear.meta = dict(node.meta)
-        node.replace_all_uses_with(linear)
-        program.graph.erase_node(node)
+        substitute(program, node, linear)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.graph_module.recompile()

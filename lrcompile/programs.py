@@ -1,4 +1,4 @@
-"""Small surgery on a `torch.export` program: which tensor a node stands for, and new ones where a rewrite needs them."""
+"""Surgery on a `torch.export` program: which tensor a node stands for, and new ones where a rewrite needs them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class Tensors:
 
     def get(self, node: fx.Node) -> Tensor:
         target = self.targets[node.name]
-        return self.program.state_dict.get(target, self.program.constants.get(target)).detach()  # type: ignore[union-attr]
+        state, constants = self.program.state_dict, self.program.constants
+        return (state[target] if target in state else constants[target]).detach()
 
     def view(self, node: Any) -> View | None:
         """The chain of views that leads from a held tensor to `node`, or None."""
@@ -78,7 +79,7 @@ class Tensors:
         return View(node, tuple(reversed(steps))) if self.target(node) is not None else None
 
     def value(self, node: Any) -> Tensor | None:
-        """What a node computes from held tensors alone (factors, scales: small ones), or None if an input takes part."""
+        """What a node computes from held tensors alone (factors and scales), or None if an input takes part."""
         if not isinstance(node, fx.Node):
             return node
         if self.target(node) is not None:
@@ -105,3 +106,12 @@ class Tensors:
         program.state_dict[name] = tensor
         self.targets[node.name] = name
         return node
+
+
+def substitute(program: ExportedProgram, node: fx.Node, other: fx.Node) -> None:
+    """Put `other` in the place of `node`, among the program's outputs too, which its signature knows by name."""
+    node.replace_all_uses_with(other)
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, TensorArgument) and spec.arg.name == node.name:
+            spec.arg = TensorArgument(other.name)
+    program.graph.erase_node(node)

@@ -1,7 +1,8 @@
 """Lower a captured program to an ONNX model that ONNX Runtime accepts, weights still unevaluated.
 
-`torch.onnx` translates; this module decides what it must not: no weight is folded or transposed in memory (transposes of held
-tensors become recipes, evaluated when written), 4-bit codes stay codes, and dimensions carry the names users know.
+`torch.onnx` translates; this module decides what it must not: no weight is folded or transposed in memory (transposes
+of held tensors become recipes, evaluated when written), 4-bit codes stay codes, and dimensions carry the names users
+know.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
 
 
 def _forget_machine(model: ir.Model) -> None:
-    """Stack traces name files of the machine that exported; the provenance of a node (`name_scopes`, `fx_node`) stays."""
+    """Stack traces name files of the machine that exported; the provenance of a node (its name scopes) stays."""
     for node in model.graph.all_nodes():
         for key in [key for key in node.metadata_props if key.endswith("stack_trace")]:
             del node.metadata_props[key]

@@ -1,7 +1,8 @@
 """`nf4_linear` in ONNX, its codes carried over bit for bit.
 
-Where ONNX Runtime has a kernel for the layout this is com.microsoft's MatMulBnb4: y = x·(c[q]·m)ᵀ in float32. Elsewhere it is
-spelled in standard ONNX: Gather the pair of values of each byte, Mul by the block's maximum, Reshape, MatMul.
+Where ONNX Runtime has a kernel for the layout this is com.microsoft's MatMulBnb4: y = x·(c[q]·m)ᵀ in float32.
+Elsewhere it is spelled in standard ONNX: Gather the pair of values of each byte, Mul by the block's maximum, Reshape,
+MatMul.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -53,7 +55,7 @@ def has_kernel(out_features: int, in_features: int, block_size: int, transposed:
 
 
 def expand_absmax(program: ExportedProgram) -> list[str]:
-    """Replace double-quantized block maxima by their exact float32 values; returns the names of all codes in the program."""
+    """Replace double-quantized block maxima by their exact float32 values; returns the names of all codes."""
     tensors, names = Tensors(program), []
     for node in program.graph.nodes:
         if node.target is not NF4_LINEAR:
@@ -96,26 +98,24 @@ def _translate(
 
 
 def _dequantized(codes: Any, absmax: Any, shape: tuple[int, int], block_size: int, compute: ir.DataType) -> Any:
+    # Any: onnxscript types a result as any tensor at all, and an argument as the few it may be
     n = math.prod(shape)
-    numpy_type = compute.numpy()
-    pairs = _constant([(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)], numpy_type)
-    values = op.Reshape(op.Gather(pairs, op.Cast(codes, to=ir.DataType.INT32), axis=0), _constant([-1], "int64"))
-    peaks = op.Unsqueeze(op.Cast(absmax, to=compute), _constant([1], "int64"))
+    pairs = _constant([(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)], compute.numpy())
+    index: Any = op.Cast(codes, to=ir.DataType.INT32)
+    flat: Any = op.Reshape(op.Gather(pairs, index, axis=0), _constant([-1]))
+    maxima: Any = op.Cast(absmax, to=compute)
+    peaks: Any = op.Unsqueeze(maxima, _constant([1]))
     if n % block_size == 0:
-        weight = op.Mul(op.Reshape(values, _constant([-1, block_size], "int64")), peaks)
+        weight: Any = op.Mul(op.Reshape(flat, _constant([-1, block_size])), peaks)
     else:
-        spread = op.Reshape(
-            op.Expand(peaks, _constant([-(-n // block_size), block_size], "int64")), _constant([-1], "int64")
-        )
-        weight = op.Mul(_first(values, n), _first(spread, n))
-    return op.Reshape(weight, _constant(list(shape), "int64"))
+        spread: Any = op.Expand(peaks, _constant([-(-n // block_size), block_size]))
+        weight = op.Mul(_first(flat, n), _first(op.Reshape(spread, _constant([-1])), n))
+    return op.Reshape(weight, _constant(list(shape)))
 
 
 def _first(values: Any, n: int) -> Any:
-    return op.Slice(values, _constant([0], "int64"), _constant([n], "int64"))
+    return op.Slice(values, _constant([0]), _constant([n]))
 
 
-def _constant(values: Any, dtype: Any) -> Any:
-    import numpy as np
-
+def _constant(values: Any, dtype: Any = np.int64) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(np.array(values, dtype)))

@@ -1,7 +1,7 @@
 """Write an ONNX model: weights streamed to a data file beside it, and whoever looks sees the old model or the new one.
 
-The data file is named by its content, so it appears beside an old one without touching it; the rename of the model that refers
-to it is the one moment of change. The model is checked, and loaded by ONNX Runtime, before that moment.
+The data file is named by its content, so it appears beside an old one without touching it; the rename of the model
+that refers to it is the one moment of change. The model is checked, and loaded by ONNX Runtime, before that moment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,10 +39,11 @@ def write(
     """
     manifest = path.with_suffix(".manifest.json")
     external = [value for value in model.graph.initializers.values() if _goes_outside(value)]
-    large = sum(value.const_value.nbytes for value in external) > EMBEDDED  # type: ignore[union-attr]
+    if sum(value.const_value.nbytes for value in external) <= EMBEDDED:  # type: ignore[union-attr, misc]
+        external = []
     with (
         atomic_file(manifest, error=ExportError) as described,
-        _data_file(external, path) if large else nullcontext({}) as hashes,
+        _data_file(external, path) as hashes,
         atomic_file(path, error=ExportError) as temporary,
     ):
         temporary.write_bytes(_serialized(model, path))
@@ -56,12 +57,15 @@ def write(
 
 def _goes_outside(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _SMALL
+    return tensor is not None and tensor.dtype != ir.DataType.STRING and int(tensor.nbytes) >= _SMALL
 
 
 @contextmanager
 def _data_file(values: list[ir.Value], path: Path) -> Iterator[dict[str, str]]:
     """Stream the tensors into `<stem>.<hash>.data` and point the values at it; it goes again if the body fails."""
+    if not values:
+        yield {}
+        return
     temporary = beside(path.with_suffix(".data"))
     try:
         with temporary.open("xb") as handle:
@@ -82,7 +86,7 @@ def _data_file(values: list[ir.Value], path: Path) -> Iterator[dict[str, str]]:
             tensor = value.const_value
             assert tensor is not None  # `_goes_outside` chose those that have one
             value.const_value = ir.ExternalTensor(
-                final.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=str(value.name),
+                final.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name),
                 base_dir=path.parent,
             )  # fmt: skip
         yield {final.name: digest}
