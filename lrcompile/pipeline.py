@@ -1,4 +1,5 @@
-"""`pipeline.yaml`: the whole line in one declarative file. Pure data, strict: an unknown key is an error that names its line.
+"""`pipeline.yaml`: the whole line in one declarative file. Pure data, strict: an unknown key is an error that names
+its line.
 
     model  which model                 train   steps, learning rates, seed
     data   which labelled texts        export  which graphs to write
@@ -31,7 +32,9 @@ class PipelineError(LrcompileError, ValueError):
 
 @dataclass(frozen=True)
 class DataPart:
-    """`source`: `stdlib-docstrings` or a `.jsonl`/`.csv` with the columns text and label. `classes` is for the docstrings only."""
+    """`source`: `stdlib-docstrings` or a `.jsonl`/`.csv` with the columns text and label. `classes` is for the
+    docstrings only.
+    """
 
     source: str = "stdlib-docstrings"
     classes: int = 20
@@ -42,14 +45,18 @@ class DataPart:
     def __post_init__(self) -> None:
         _check("data.source", self.source, isinstance(self.source, str) and self.source != "", "a name or a path")
         _check("data.classes", self.classes, _whole(self.classes, 2), "a whole number of at least 2")
-        _check("data.test_share", self.test_share, _real(self.test_share) and 0 < self.test_share < 1, "between 0 and 1")
+        _check(
+            "data.test_share", self.test_share, _real(self.test_share) and 0 < self.test_share < 1, "between 0 and 1"
+        )
         _check("data.limit", self.limit, self.limit is None or _whole(self.limit, 2), "a whole number of at least 2")
         _check("data.max_length", self.max_length, _whole(self.max_length, 4), "a whole number of at least 4")
 
 
 @dataclass(frozen=True)
 class TrainPart:
-    """`epochs` may be a fraction. The frozen baseline takes as many steps, at its own rate: a head alone needs a larger one."""
+    """`epochs` may be a fraction. The frozen baseline takes as many steps, at its own rate: a head alone needs a
+    larger one.
+    """
 
     epochs: float = 2.0
     batch_size: int = 32
@@ -67,7 +74,9 @@ class TrainPart:
 
 @dataclass(frozen=True)
 class VerifyPart:
-    """`examples` test texts are compared. The limits are those of `lrcompile.Limits`; the NF4 rungs are held to them against eager NF4."""
+    """`examples` test texts are compared. The limits are those of `lrcompile.Limits`; the NF4 rungs are held to
+    them against eager NF4.
+    """
 
     examples: int = 32
     bound_ratio: float = 16.0
@@ -97,12 +106,16 @@ class Pipeline:
     out: str = "lrcompile-demo"
 
     def __post_init__(self) -> None:
-        _check("model", self.model, isinstance(self.model, str) and self.model != "", "a folder, package:NAME or a hub id")
+        _check(
+            "model", self.model, isinstance(self.model, str) and self.model != "", "a folder, package:NAME or a hub id"
+        )
         _check("out", self.out, isinstance(self.out, str) and self.out != "", "a folder")
         known = f"a list of some of {', '.join(EXPORTS)}"
         entries = isinstance(self.export, list | tuple) and all(isinstance(entry, str) for entry in self.export)
         _check("export", self.export, entries and set(self.export) <= set(EXPORTS), known)
         object.__setattr__(self, "export", tuple(self.export))
+        trained = "a list with 'head': the classifier's head starts from random numbers and has to train"
+        _check("spec.train_modules", list(self.spec.train_modules), "head" in self.spec.train_modules, trained)
 
     def to_dict(self) -> dict[str, Any]:
         plain = {part: asdict(getattr(self, part)) for part in ("data", "train", "verify")}
@@ -111,11 +124,15 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str) -> Pipeline:
-        """Read a YAML (or JSON) file. Missing parts keep their defaults; raises `PipelineError` with the line of what is wrong."""
+        """Read a YAML (or JSON) file. Missing parts keep their defaults; raises `PipelineError` with the line of
+        what is wrong.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PipelineError(f"cannot read the pipeline {path!r}: {getattr(error, 'strerror', None) or error}") from error
+            raise PipelineError(
+                f"cannot read the pipeline {path!r}: {getattr(error, 'strerror', None) or error}"
+            ) from error
         return _Reader(path, text).pipeline()
 
 
@@ -148,7 +165,9 @@ class _Reader:
         if part is None and name != "spec":
             return self.loader.construct_object(node, deep=True)
         known = [each.name for each in fields(part)] if part is not None else None
-        values = {key: self.loader.construct_object(child, deep=True) for key, child in self._mapping(node, known).items()}
+        values = {
+            key: self.loader.construct_object(child, deep=True) for key, child in self._mapping(node, known).items()
+        }
         try:
             return part(**values) if part is not None else Spec.from_dict(values)
         except LrcompileError as error:
@@ -158,7 +177,9 @@ class _Reader:
         """The children by key; `known` None leaves the judgement of the keys to whoever takes them."""
         if not isinstance(node, yaml.MappingNode):
             line = node.start_mark.line + 1 if node is not None else 1
-            raise PipelineError(f"{self.path}:{line}: expected keys and values" + (f": {', '.join(known)}" if known else ""))
+            raise PipelineError(
+                f"{self.path}:{line}: expected keys and values" + (f": {', '.join(known)}" if known else "")
+            )
         found: dict[str, yaml.Node] = {}
         for key_node, child in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1

@@ -1,6 +1,7 @@
 """Labelled texts: the standard library's docstrings, or the user's own JSONL or CSV file.
 
-A text goes to the test part iff `sha256(text) / 2**256 < test_share`. The split is a function of the text alone, so the same
+A text goes to the test part iff `sha256(text) / 2**256 < test_share`. The split is a function of the text alone, so
+the same
 text can never be on both sides, whatever the order, the limit or the file it came from.
 """
 
@@ -33,7 +34,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Data:
-    """One data set, split. `dropped` counts what was removed and why; `mentions` is the share of test texts naming their label."""
+    """One data set, split. `dropped` counts what was removed and why; `mentions` is the share of test texts naming
+    their label.
+    """
 
     source: str
     labels: tuple[str, ...]
@@ -57,7 +60,8 @@ class Data:
 def load_data(source: str, *, classes: int = 20, test_share: float = 0.2, limit: int | None = None) -> Data:
     """Read `source` (`stdlib-docstrings`, or a path to `.jsonl` or `.csv`), drop duplicates, split by hash.
 
-    `classes` keeps the most frequent labels of the docstrings (a user's file keeps all of its labels); `limit` keeps that
+    `classes` keeps the most frequent labels of the docstrings (a user's file keeps all of its labels); `limit`
+    keeps that
     many texts, evenly spread in hash order. Raises `DataError` on anything that cannot be learned from.
     """
     from lrcompile.demo.docstrings import stdlib_docstrings
@@ -102,7 +106,8 @@ def _split(
     if not train or not test:
         empty = "test" if train else "training"
         raise DataError(
-            f"{source} leaves the {empty} part empty ({len(pairs)} texts, test_share {test_share}); give more texts or another share"
+            f"{source} leaves the {empty} part empty ({len(pairs)} texts, test_share {test_share});"
+            " give more texts or another share"
         )
     mentions = sum(label.lower() in text.lower() for text, label in test) / len(test)
     return Data(source, labels, _texts(train, index), _texts(test, index), dropped, mentions)

@@ -16,7 +16,9 @@ _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
 def stdlib_docstrings() -> Iterator[tuple[str, str]]:
-    """Yield `(docstring, top-level module)` of every public standard module, class and function, white space collapsed."""
+    """Yield `(docstring, top-level module)` of every public standard module, class and function, white space
+    collapsed.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     found = False
     for module in sorted(sys.stdlib_module_names):

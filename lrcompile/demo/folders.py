@@ -1,8 +1,9 @@
-"""A classifier as a folder: `classifier.json`, and its weights either plain, or NF4, or (the encoder) referred to by name.
+"""A classifier as a folder: `classifier.json`, and its weights either plain, or NF4, or (the encoder) referred to
+by name.
 
-    classifier.json   encoder, labels, max_length
-    encoder/          config and tokenizer; its weights too if they are plain
-    head.safetensors  the head of a plain classifier         nf4.json, nf4.safetensors  the whole state of a quantized one
+classifier.json   encoder, labels, max_length
+encoder/          config and tokenizer; its weights too if they are plain
+head.safetensors  the head of a plain classifier         nf4.json, nf4.safetensors  the whole state of a quantized one
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class Card:
 
 
 def save_classifier(folder: Path, model: TextClassifier, tokenizer: Any, card: Card) -> None:
-    """Write `model` into `folder`, which is made; a quantized one as its codes, any other plain, as `card.encoder` says."""
+    """Write `model` into `folder`, which is made; a quantized one as its codes, any other plain, as `card.encoder`
+    says.
+    """
     from safetensors.torch import save_file
 
-    from lrcompile.quantizing import quantization_of
+    from lrcompile.quantizing import is_nf4
 
     folder.mkdir(parents=True, exist_ok=True)
     encoder: Any = model.encoder
-    quantized = quantization_of(model) is not None
+    quantized = any(is_nf4(module) for module in model.modules())
     if quantized:
         card = Card(INSIDE, card.labels, card.max_length)
         save_nf4(folder, model)
@@ -72,7 +75,9 @@ def load_card(folder: str | Path) -> Card:
 
 
 def load_classifier(folder: str | Path) -> TextClassifier:
-    """Rebuild what `save_classifier` wrote, in eval mode. A named encoder is taken from this machine, never from the network."""
+    """Rebuild what `save_classifier` wrote, in eval mode. A named encoder is taken from this machine, never from
+    the network.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,6 +1,7 @@
 """Measure one rung in a process of its own: `python -m lrcompile.demo.measuring FOLDER RUNG`.
 
-It is loaded from the files the run wrote, so a rung is what a user would deploy, not what is left in the trainer's memory.
+It is loaded from the files the run wrote, so a rung is what a user would deploy, not what is left in the trainer's
+memory.
 
 - logits of every test text;
 - latency: median milliseconds of a call on one fixed batch, after two calls to warm up;
@@ -40,7 +41,9 @@ class Measured:
 
 
 def measure(folder: Path, rung: Rung, batch_size: int) -> Measured:
-    """Run `rung` in a fresh interpreter over `folder/test.npz`. Raises `LrcompileError` with what that process said last."""
+    """Run `rung` in a fresh interpreter over `folder/test.npz`. Raises `LrcompileError` with what that process said
+    last.
+    """
     out = folder / f".{rung.key}.npz"
     command = [sys.executable, "-m", "lrcompile.demo.measuring", str(folder), rung.key, str(batch_size), str(out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -59,7 +62,9 @@ def _main(folder: Path, key: str, batch_size: int, out: Path) -> None:
     rung = RUNGS[key]
     with np.load(folder / TEST) as saved:
         ids, mask = saved["input_ids"], saved["attention_mask"]
-    for library in ("onnxruntime",) if key.endswith("onnx") else ("torch", "transformers.models.auto", "lrcompile.quantizing"):
+    for library in (
+        ("onnxruntime",) if key.endswith("onnx") else ("torch", "transformers.models.auto", "lrcompile.quantizing")
+    ):
         importlib.import_module(library)
     before = _resident()
     started = time.perf_counter()

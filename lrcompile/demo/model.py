@@ -16,13 +16,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class TextClassifier(nn.Module):
-    """`encoder` is a module whose output has `last_hidden_state`; its own pooler is dropped, for nothing here reads it."""
+    """`encoder` is a module whose output has `last_hidden_state`; its own pooler is dropped, for nothing here reads
+    it.
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             # A pooler left in place would be a linear map no gradient ever reaches: a dead target.
-            encoder.pooler = None
+            encoder.register_module("pooler", None)
         self.encoder = encoder
         config: Any = encoder.config
         self.head = nn.Linear(config.get_text_config().hidden_size, classes)

@@ -1,12 +1,16 @@
-"""An NF4 model as a folder: its config as usual, and every tensor, codes included, in `nf4.safetensors` with `nf4.json` beside it."""
+"""An NF4 model as a folder: its config as usual, and every tensor, codes included, in `nf4.safetensors` with
+`nf4.json` beside it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 from lrcompile.demo.sources import ModelError
 
@@ -29,12 +33,19 @@ def save_nf4(folder: Path, model: nn.Module) -> None:
         raise ModelError(f"this {type(model).__name__} is not quantized; call lrcompile.quantize first")
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    card = {"version": 1, "block_size": done.block_size, "double_quant": done.double_quant, "quantized": list(done.quantized)}
+    card = {
+        "version": 1,
+        "block_size": done.block_size,
+        "double_quant": done.double_quant,
+        "quantized": list(done.quantized),
+    }
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def load_nf4(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
-    """`build()` gives the plain model with any weights; its named maps become NF4 and every tensor is read from the folder."""
+    """`build()` gives the plain model with any weights; its named maps become NF4 and every tensor is read from the
+    folder.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

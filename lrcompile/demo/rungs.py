@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lrcompile.demo.nf4_folders import is_nf4_folder
+
 Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """input_ids and attention_mask, int64 [N, T], to logits float32 [N, classes]."""
 
@@ -19,7 +21,9 @@ class Rung:
     title: str
     load: Callable[[Path], Predict]
     files: tuple[str, ...]
-    """What it takes to run this rung, relative to the results' folder; "BASE" stands for the encoder the user named."""
+    """What it takes to run this rung, as patterns in the results' folder."""
+    base: str | None = None
+    """The classifier folder that refers to the encoder the user named, if this rung needs that too."""
 
 
 def _torch(model: Any) -> Predict:
@@ -65,27 +69,25 @@ def _onnx(name: str) -> Callable[[Path], Predict]:
     return load
 
 
-FROZEN = Rung("frozen", "frozen encoder", _plain("baseline"), ("BASE", "baseline/head.safetensors"))
-ADAPTED = Rung("adapted", "adapter, eager", _adapted, ("BASE", "base", "adapter"))
+FROZEN = Rung("frozen", "frozen encoder", _plain("baseline"), ("baseline/head.safetensors",), base="baseline")
+ADAPTED = Rung("adapted", "adapter, eager", _adapted, ("base/*.safetensors", "adapter/*.safetensors"), base="base")
 MERGED = Rung("merged", "merged, eager", _plain("merged"), ("merged/encoder/*.safetensors", "merged/head.safetensors"))
-FP32_ONNX = Rung("fp32-onnx", "merged, ONNX", _onnx("model.onnx"), ("model.onnx", "model.onnx.data"))
+
+
+def _graph(key: str, title: str, target: str) -> Rung:
+    file = f"model-{target}.onnx"
+    return Rung(key, title, _onnx(file), (file, f"model-{target}.*.data"))
+
+
+FP32_ONNX = _graph("fp32-onnx", "merged, ONNX", "fp32")
 NF4 = Rung("nf4", "merged NF4, eager", _plain("nf4"), ("nf4/nf4.safetensors",))
-NF4_ONNX = Rung("nf4-onnx", "merged NF4, ONNX", _onnx("model.nf4.onnx"), ("model.nf4.onnx", "model.nf4.onnx.data"))
-INLINE_ONNX = Rung(
-    "inline-onnx", "NF4 + adapter, ONNX", _onnx("model.inline.onnx"), ("model.inline.onnx", "model.inline.onnx.data")
-)
+NF4_ONNX = _graph("nf4-onnx", "merged NF4, ONNX", "nf4")
+INLINE_ONNX = _graph("inline-onnx", "NF4 + adapter, ONNX", "nf4-inline")
 RUNGS = {rung.key: rung for rung in (FROZEN, ADAPTED, MERGED, FP32_ONNX, NF4, NF4_ONNX, INLINE_ONNX)}
 
 
-def size_on_disk(folder: Path, rung: Rung, base: Path) -> int:
-    """Bytes of the weights and graphs this rung needs."""
-    total = 0
-    for name in rung.files:
-        if name == "BASE":
-            found = [] if (folder / "base" / "nf4.json").is_file() and rung is ADAPTED else list(base.glob("*.safetensors"))
-        elif (folder / name).is_dir():
-            found = list((folder / name).glob("*.safetensors"))
-        else:
-            found = list(folder.glob(name))
-        total += sum(path.stat().st_size for path in found)
-    return total
+def size_on_disk(folder: Path, rung: Rung, encoder_bytes: int) -> int:
+    """Bytes of the weights and graphs this rung needs; `encoder_bytes` where it loads the encoder the user named."""
+    found = [path for name in rung.files for path in folder.glob(name)]
+    refers = rung.base is not None and not is_nf4_folder(folder / rung.base)
+    return sum(path.stat().st_size for path in found) + (encoder_bytes if refers else 0)

@@ -1,4 +1,6 @@
-"""Where a model comes from: a local folder, an installed package that carries one, or a hub id. Only the last may use the network."""
+"""Where a model comes from: a local folder, an installed package that carries one, or a hub id. Only the last may
+use the network.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,16 @@ def load_config(model: str) -> Any:
 
 
 def load_encoder(model: str, *, online: bool = True) -> Any:
-    """The bare `transformers` model, float32, in eval mode, from safetensors only: nothing is unpickled, no remote code runs."""
+    """The bare `transformers` model, float32, in eval mode, from safetensors only: nothing is unpickled, no remote
+    code runs.
+    """
     transformers = require("transformers", "hf")
     where, allowed = locate(model)
     config = load_config(model)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{model} is an encoder-decoder ({config.model_type}); the classifier needs one stack of layers")
+        raise ModelError(
+            f"{model} is an encoder-decoder ({config.model_type}); the classifier needs one stack of layers"
+        )
     return _read(
         model, transformers.AutoModel.from_pretrained, where, allowed and online, dtype="float32", use_safetensors=True
     ).eval()
@@ -52,6 +58,12 @@ def untrained_encoder(model: str) -> Any:
     """The bare model of `model`'s config, float32, with weights drawn afresh: a frame to read weights into."""
     transformers = require("transformers", "hf")
     return transformers.AutoModel.from_config(load_config(model)).float().eval()
+
+
+def untrained(model: str) -> Any:
+    """As `untrained_encoder`, of the class the config names."""
+    config = load_config(model)
+    return _named_class(model, config)(config).float().eval()
 
 
 def load_tokenizer(model: str, *, online: bool = True) -> Any:
@@ -68,23 +80,38 @@ def load_tokenizer(model: str, *, online: bool = True) -> Any:
 
 def load_pretrained(model: str) -> Any:
     """The whole `transformers` model of the class its config names, float32, in eval mode, from safetensors only."""
-    transformers = require("transformers", "hf")
     where, online = locate(model)
-    names = load_config(model).architectures or ["AutoModel"]
-    cls = getattr(transformers, names[0], None)
-    if cls is None:
-        raise ModelError(f"the config of {model} names the class {names[0]!r}, which this transformers does not have")
+    cls = _named_class(model, load_config(model))
     return _read(model, cls.from_pretrained, where, online, dtype="float32", use_safetensors=True).eval()
 
 
 def skeleton(model: str) -> Any:
     """`model` without weights: built from its config alone on the meta device, whatever its size."""
     torch = require("torch", "hf")
-    transformers = require("transformers", "hf")
     config = load_config(model)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        return (cls(config) if cls is not None else transformers.AutoModel.from_config(config)).eval()
+        return _named_class(model, config)(config).eval()
+
+
+def _named_class(model: str, config: Any) -> Any:
+    transformers = require("transformers", "hf")
+    names = config.architectures or []
+    # A bare config.json often names no class; its model type then says which base model it describes.
+    cls = getattr(transformers, names[0], None) if names else transformers.MODEL_MAPPING.get(type(config))
+    if cls is None and not names:
+        raise ModelError(f"the config of {model} ({type(config).__name__}) names no class and has no base model")
+    if cls is None:
+        raise ModelError(f"the config of {model} names the class {names[0]!r}, which this transformers does not have")
+    return cls
+
+
+def weight_files(model: str) -> list[Path]:
+    """The safetensors files of `model` on this machine; of a hub id, those in the cache."""
+    where, online = locate(model)
+    if online:
+        hub = require("huggingface_hub", "hf")
+        where = hub.snapshot_download(model, local_files_only=True)
+    return sorted(Path(where).glob("*.safetensors"))
 
 
 def quiet() -> None:

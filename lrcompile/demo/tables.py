@@ -55,7 +55,9 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _pair(source: str, line: int, row: Any) -> tuple[str, str]:
     if not isinstance(row, dict):
-        raise DataError(f"{source}:{line}: expected an object with the columns text and label, got {type(row).__name__}")
+        raise DataError(
+            f"{source}:{line}: expected an object with the columns text and label, got {type(row).__name__}"
+        )
     for column in COLUMNS:
         if row.get(column) is None:
             there = ", ".join(repr(name) for name in row if name) or "none"

@@ -1,4 +1,4 @@
-"""The training loop, and the baseline it must beat: the same number of steps on the head alone, the encoder frozen.
+"""The training loop, and the baseline an adapter must beat: as many steps on the head alone, the encoder frozen.
 
 Both minimise the mean cross-entropy of batches drawn in the same order, with gradients clipped to norm 1 and a learning
 rate that rises over the first tenth of the steps and falls linearly to zero.
@@ -54,10 +54,14 @@ def schedule(examples: int, batch_size: int, epochs: float, seed: int) -> list[l
     return batches[:steps]
 
 
-def fit(loss_of: Callable[[list[int]], Tensor], optimizer: torch.optim.Optimizer, batches: list[list[int]], tick: Tick) -> list[float]:
+def fit(
+    loss_of: Callable[[list[int]], Tensor], optimizer: torch.optim.Optimizer, batches: list[list[int]], tick: Tick
+) -> list[float]:
     """Take one step a batch; return the losses. `loss_of(indices)` is the batch's loss with its graph."""
     warmup = max(1, len(batches) // 10)
-    rate = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / max(1, len(batches) - warmup)))
+    rate = LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / max(1, len(batches) - warmup))
+    )
     losses = []
     for step, indices in enumerate(batches, start=1):
         loss = loss_of(indices)
@@ -86,16 +90,20 @@ def fit_adapter(
     return losses
 
 
-def fit_head(
-    model: TextClassifier, examples: Examples, batches: list[list[int]], lr: float, tick: Tick, features_tick: Tick
-) -> list[float]:
-    """Train the head on the frozen encoder's outputs, which are computed once: no step changes them."""
+def encode_once(model: TextClassifier, examples: Examples, size: int, tick: Tick) -> Tensor:
+    """The frozen encoder's output for every example, [examples, d], float32: no step of the baseline changes it."""
     chunks = []
     with torch.no_grad():
-        for step, indices in enumerate(examples.batches(len(batches[0])), start=1):
+        for step, indices in enumerate(examples.batches(size), start=1):
             chunks.append(model.pooled(**examples.batch(indices)))
-            features_tick(step, 0.0)
-    features = torch.cat(chunks)
+            tick(step, float("nan"))
+    return torch.cat(chunks)
+
+
+def fit_head(
+    model: TextClassifier, features: Tensor, examples: Examples, batches: list[list[int]], lr: float, tick: Tick
+) -> list[float]:
+    """Train the head alone on `features`, the encoder's outputs by example."""
 
     def loss_of(indices: list[int]) -> Tensor:
         return F.cross_entropy(model.head(features[indices]), examples.targets(indices))

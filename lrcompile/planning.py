@@ -1,0 +1,193 @@
+"""`plan`: what `apply` would do, without doing it, and what a training step would then cost. Works on the meta device.
+
+With T tokens a step, a frozen map of i inputs and o outputs, and an adapter of rank r on it:
+
+    FLOPs    2·T·i·o forward, 2·T·i·o for the gradient of its input, and 6·T·r·(i + o) for the adapter
+    memory   the weights, 4·T·(i + r) bytes at most to compute the adapter's gradients, and for every trained number its
+             value, its gradient and two of AdamW's averages
+
+Attention scores, norms and element-wise operations are not counted: they depend on the sequence length or cost little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.matching import match
+from lrcompile.recipes import recipe
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+from lrcompile.tables import render
+
+ADAMW_STATES = 2
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One site: adapted with `rank`, or left alone for `reason`."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    copies: int
+    rank: int | None
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply(model, spec)` would do. Bytes and FLOPs are those of one step of `tokens` tokens with AdamW."""
+
+    method: str
+    sites: tuple[Planned, ...]
+    trained_in_full: tuple[str, ...]
+    trainable: int
+    total: int
+    """Numbers of the model before the adapters."""
+    tokens: int
+    base_bytes: int
+    trainer_bytes: int
+    """Values, gradients and optimizer states of everything that trains."""
+    saved_bytes: int
+    """At most: sites that share an input share what is saved of it."""
+    frozen_flops: int
+    adapter_flops: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        hit = [site for site in self.sites if site.rank is not None]
+        rows = [
+            (
+                s.name,
+                s.kind,
+                s.in_features,
+                s.out_features,
+                "-" if s.rank is None else s.rank,
+                f"{s.parameters:,}",
+                s.reason,
+            )
+            for s in self.sites
+        ]
+        total = self.base_bytes + self.trainer_bytes + self.saved_bytes
+        title = (
+            f"{self.method}: {len(hit)} sites hit, {len(self.sites) - len(hit)} spared · "
+            f"trains {self.trainable:,} numbers beside {self.total:,} ({self.trainable / max(self.total, 1):.3%})"
+        )
+        step = (
+            f"a step of {self.tokens:,} tokens: {_size(total)} = weights {_size(self.base_bytes)} + "
+            f"trained numbers, gradients and AdamW {_size(self.trainer_bytes)} + "
+            f"saved for the adapters at most {_size(self.saved_bytes)}",
+            f"a step of {self.tokens:,} tokens: "
+            f"{(self.frozen_flops + self.adapter_flops) / 1e9:,.1f} GFLOP in linear maps, of which the adapters {self.adapter_flops / max(self.frozen_flops + self.adapter_flops, 1):.1%}",
+        )
+        full = (f"trained in full: {', '.join(self.trained_in_full)}",) if self.trained_in_full else ()
+        columns = ("site", "kind", "in", "out", "rank", "added", "why not")
+        return render(columns, rows, title=title, notes=(*step, *full, *self.notes))
+
+
+def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
+    """The sites `spec` hits and spares in `model`, and the predicted cost of a step of `tokens` tokens; changes
+    nothing.
+
+    `model` may live on the meta device. Raises `SpecError` and `TargetError` exactly where `apply` would.
+    """
+    matched = match(model, spec)
+    expert_share = _expert_share(model)
+    planned = [_planned(site, spec) for site in matched.hit]
+    parameters = dict(model.named_parameters())
+    in_full = sum(parameters[name].numel() for name in matched.trained)
+    added = sum(site.parameters for site in planned)
+    width = _width(spec, parameters.values())
+    full_bytes = sum(parameters[name].numel() * parameters[name].element_size() for name in matched.trained)
+    everywhere = [*matched.hit, *(site for site, _ in matched.spared)]
+    maps = [site for site in everywhere if site.form != "lookup"]
+    return Plan(
+        method=spec.method,
+        sites=(*planned, *(_spared(site, why) for site, why in matched.spared)),
+        trained_in_full=matched.trained,
+        trainable=added + in_full,
+        total=sum(parameter.numel() for parameter in parameters.values()),
+        tokens=tokens,
+        base_bytes=_base_bytes(parameters, spec, matched.hit),
+        trainer_bytes=(2 + ADAMW_STATES) * added * width + (1 + ADAMW_STATES) * full_bytes,
+        saved_bytes=sum(
+            round(tokens * _used(site, expert_share)) * width * (site.in_features + spec.rank_of(site.name))
+            for site in matched.hit
+        ),
+        frozen_flops=sum(
+            round(4 * tokens * _used(site, expert_share)) * site.in_features * site.out_features for site in maps
+        ),
+        adapter_flops=sum(
+            round(6 * tokens * _used(site, expert_share))
+            * spec.rank_of(site.name)
+            * (site.in_features + site.out_features)
+            for site in matched.hit
+        ),
+        notes=matched.notes,
+    )
+
+
+def _planned(site: Site, spec: Spec) -> Planned:
+    copies, rank = site.copies or 1, spec.rank_of(site.name)
+    added = copies * rank * (site.in_features + site.out_features)
+    return Planned(site.name, site.kind, site.in_features, site.out_features, copies, rank, added, "")
+
+
+def _spared(site: Site, why: str) -> Planned:
+    return Planned(site.name, site.kind, site.in_features, site.out_features, site.copies or 1, None, 0, why)
+
+
+def _width(spec: Spec, parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of an adapter's number: the spec's dtype, else float32 or the base's if that is wider."""
+    if spec.dtype is not None:
+        return getattr(torch, spec.dtype).itemsize
+    return max([4, *(parameter.element_size() for parameter in parameters if parameter.is_floating_point())])
+
+
+def _base_bytes(parameters: dict[str, nn.Parameter], spec: Spec, hit: Iterable[Site]) -> int:
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    if not recipe(spec.method).quantizes_base:
+        return whole
+    for site in hit:
+        weight = parameters.get(site.parameter)
+        if weight is not None:
+            numbers = weight.numel()
+            blocks = -(-numbers // spec.block_size)
+            maxima = blocks + 4 * (-(-blocks // 256)) + 4 if spec.double_quant else 4 * blocks
+            whole += -(-numbers // 2) + maxima - numbers * weight.element_size()
+    return whole
+
+
+def _expert_share(model: nn.Module) -> float:
+    """Share of its experts that a token visits, as the model's config says; 1 where it does not."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = getattr(config, "num_experts_per_tok", None)
+    count = next((n for n in (getattr(config, key, None) for key in _EXPERT_COUNTS) if n), None)
+    return chosen / count if isinstance(chosen, int) and isinstance(count, int) else 1.0
+
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _used(site: Site, expert_share: float) -> float:
+    """How many of a site's copies a token goes through."""
+    return 1.0 if site.copies is None else site.copies * expert_share
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
