@@ -26,6 +26,8 @@ class Fold:
 
     base: Held
     tied_to: str | None = None
+    shared: nn.Parameter | None = None
+    """The parameter itself, where other modules hold it too: this use was given one of its own."""
 
 
 def exchange(host: nn.Module, slot: str, new: Held) -> Held:

@@ -200,7 +200,7 @@ def _fold(
         row = _measure(site.name, before, folded, delta, into if new is not None else None)
     others = [other for other in owners.get(id(host._parameters.get(site.slot)), ()) if other != site.parameter]
     if others:
-        state.folds[site.name] = Fold(Held(data=before.data), tied_to=others[0])
+        state.folds[site.name] = Fold(Held(data=before.data), others[0], shared=before)
         host._parameters[site.slot] = nn.Parameter(folded, requires_grad=before.requires_grad)
     else:
         state.folds[site.name] = Fold(on_host(exchange(host, site.slot, held)))
@@ -259,8 +259,9 @@ def _restore(model: nn.Module, state: State) -> None:
         if fold is None:
             continue
         host = model.get_submodule(site.host)
-        if fold.tied_to is not None:
-            host._parameters[site.slot] = model.get_parameter(fold.tied_to)
+        if fold.shared is not None:
+            fold.shared.data = fold.shared.data.to(model.get_parameter(site.parameter).device)
+            host._parameters[site.slot] = fold.shared
         else:
             exchange(host, site.slot, fold.base)
     state.folds, state.merged = {}, ()

@@ -56,26 +56,28 @@ def _bypassed(model: nn.Module, name: str, example_inputs: Any) -> list[Site]:
 
 def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Tensor], example_inputs: Any) -> bool:
     """Is the change by folding these sites small beside the change by switching them off?"""
-    sets = [adapter_set(model, site) for site in chosen]
-    weights = [model.get_parameter(site.parameter) for site in chosen]
-    kept = [weight.data for weight in weights]
-    before = [adapters.active for adapters in sets]
     from lrcompile.switching import rewrite_graphs
 
+    sets = [adapter_set(model, site) for site in chosen]
+    hosts = [model.get_submodule(site.host) for site in chosen]
+    weights = [model.get_parameter(site.parameter) for site in chosen]
+    before = [adapters.active for adapters in sets]
     try:
         for adapters in sets:
             adapters.active = tuple(other for other in adapters.active if other != name)
         rewrite_graphs(model, chosen)
         off = _run(model, example_inputs)
-        for site, adapters, weight in zip(chosen, sets, weights, strict=True):
-            delta = adapters[name].delta().to(weight.device)
-            weight.data = weight.data + (delta.mT if site.transposed else delta).to(weight.dtype)
-        folded = _run(model, example_inputs)
+        for site, host, adapters, weight in zip(chosen, hosts, sets, weights, strict=True):
+            delta = adapters[name].delta(torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
+            folded = weight.detach() + (delta.mT if site.transposed else delta)
+            # a parameter of its own, as `merge` would give it: what else shares the weight must keep it
+            host._parameters[site.slot] = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+        merged = _run(model, example_inputs)
     finally:
-        for weight, data, adapters, active in zip(weights, kept, sets, before, strict=True):
-            weight.data, adapters.active = data, active
+        for site, host, weight, adapters, active in zip(chosen, hosts, weights, sets, before, strict=True):
+            host._parameters[site.slot], adapters.active = weight, active
         rewrite_graphs(model, chosen)
-    error = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, folded, strict=True))
+    error = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, merged, strict=True))
     effect = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, off, strict=True))
     rounding = max((torch.finfo(weight.dtype).eps for weight in weights), default=0.0)
     size = sum(float(value.double().norm()) for value in plain)

@@ -10,31 +10,40 @@ from __future__ import annotations
 
 from torch import nn
 
+from lrcompile.adapters import AdapterSet
 from lrcompile.hosting import Host
 from lrcompile.sites import attention
 
 
-def _pinned(value: bool) -> property:
-    """An attribute that reads as `value` while the class is swapped; what the instance holds underneath stays as it
+def _off_while_adapted(name: str) -> property:
+    """An attribute that reads as False while an adapter acts below; what the instance holds underneath stays as it
     was.
     """
 
-    def ignore(self: nn.Module, new: object) -> None:
-        raise AttributeError("cannot be set while an adapter is attached below this module")
+    def read(self: nn.Module) -> object:
+        return self.__dict__[name] if not acts_below(self) else False
 
-    return property(lambda self: value, ignore)
+    def write(self: nn.Module, value: object) -> None:
+        self.__dict__[name] = value
+
+    return property(read, write)
+
+
+def acts_below(module: nn.Module) -> bool:
+    """Does any adapter under `module` act beside its weight now?"""
+    return any(each.live_names() for each in module.modules() if isinstance(each, AdapterSet))
 
 
 class UnfusedEncoderLayer(Host):
     """`nn.TransformerEncoderLayer` on its ordinary path; the fused kernel never sees adapters."""
 
-    activation_relu_or_gelu = _pinned(False)
+    activation_relu_or_gelu = _off_while_adapted("activation_relu_or_gelu")
 
 
 class UnfusedEncoder(Host):
     """`nn.TransformerEncoder` that never converts to nested tensors."""
 
-    use_nested_tensor = _pinned(False)
+    use_nested_tensor = _off_while_adapted("use_nested_tensor")
 
 
 def mixin_for(module: nn.Module) -> type[Host] | None:

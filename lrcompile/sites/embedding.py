@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lrcompile.hosting import Host
-from lrcompile.sites.linear import keeps_forward, refusal_of
+from lrcompile.sites.linear import REPLACED, keeps_forward, refusal_of
 from lrcompile.sites.site import Slot
 
 NAME = "embedding"
@@ -16,8 +16,9 @@ class AdaptedEmbedding(Host):
 
     padding_idx: int | None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        y = super().forward(ids)  # type: ignore[misc]
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        (ids,) = args or kwargs.values()
         for adapter in self.lrcompile_adapters["weight"].live():  # type: ignore[attr-defined]
             y = adapter.lookup(y, ids, self.padding_idx)
         return y
@@ -27,7 +28,11 @@ HOST = AdaptedEmbedding
 
 
 def slots(module: nn.Module) -> list[Slot] | None:
-    if not isinstance(module, nn.Embedding) or not keeps_forward(module, nn.Embedding):
+    if not isinstance(module, nn.Embedding):
+        return None
+    if "forward" in module.__dict__:
+        return [Slot("weight", refusal=REPLACED, form="lookup")]
+    if not keeps_forward(module, nn.Embedding):
         return None
     return [
         Slot(

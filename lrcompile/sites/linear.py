@@ -19,14 +19,17 @@ KINDS = ("linear", "conv1d")
 class AdaptedLinear(Host):
     """The base's forward, then each live adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # type: ignore[misc]
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        (x,) = args or kwargs.values()
         for adapter in self.lrcompile_adapters["weight"].live():  # type: ignore[attr-defined]
             y = adapter(y, x)
         return y
 
 
 HOST = AdaptedLinear
+
+REPLACED = "its forward was replaced on the instance (as accelerate's device hooks do); remove that first"
 
 
 def conv1d() -> Any:
@@ -39,6 +42,8 @@ def slots(module: nn.Module) -> list[Slot] | None:
     transposed = conv1d() is not None and isinstance(module, conv1d())
     if not (isinstance(module, nn.Linear) or transposed):
         return None
+    if "forward" in module.__dict__:
+        return [Slot("weight", refusal=REPLACED)]
     base: Any = conv1d() if transposed else nn.Linear
     if not keeps_forward(module, base):
         return None  # its own forward: `parameter` finds out what that does with the weight
@@ -55,7 +60,7 @@ def keeps_forward(module: nn.Module, base: type[nn.Module]) -> bool:
     for cls in type(module).__mro__:
         if "forward" in cls.__dict__:
             if cls.__dict__["forward"] is base.forward:
-                return "forward" not in module.__dict__
+                return True
             if not issubclass(cls, Host):
                 return False
     return False
