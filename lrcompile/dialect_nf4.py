@@ -84,7 +84,7 @@ def nf4_linear_aten(
     nf4 = Nf4(codes, absmax, absmax_scale, absmax_offset)
     constants = None if pairs is None or dynamic is None else Tables(pairs, dynamic)
     return reference(
-        x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, chunk=None, constants=constants
+        x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, whole=True, constants=constants
     )
 
 

@@ -26,8 +26,9 @@ CODEBOOK = (
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ABSMAX_BLOCK = 256
 """Block maxima that share one second-level maximum under double quantization."""
-CHUNK = 1 << 21
-"""Elements worked on at a time, a multiple of every block size: bounds the temporaries of a weight of any size."""
+CHUNK = {"cpu": 1 << 17}
+"""Elements worked on at a time: bounds the temporaries of a weight of any size, and keeps a CPU within its cache."""
+CHUNK_ELSEWHERE = 1 << 23
 SMALLEST = 1e-38
 """bitsandbytes' floor under a block's maximum: keeps its reciprocal finite, so a block of zeros stays exactly zero."""
 
@@ -116,12 +117,12 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         if not double_quant:
             return Nf4(codes, absmax)
         return Nf4(codes, absmax.to(torch.uint8), torch.empty(n_scales, device=device), torch.empty((), device=device))
-    thresholds = _midpoints(CODEBOOK, device)
-    for start in range(0, n, CHUNK):
-        index, peak = _nearest(flat[start : start + CHUNK].float(), block_size, thresholds)
+    thresholds, chunk = _midpoints(CODEBOOK, device), CHUNK.get(device.type, CHUNK_ELSEWHERE)
+    for start in range(0, n, chunk):
+        index, peak = _nearest(flat[start : start + chunk].float(), block_size, thresholds)
         packed = index[0::2] << 4 | index[1::2]
-        codes[start // 2 : start // 2 + CHUNK // 2] = packed[: n_codes - start // 2]
-        absmax[start // block_size : (start + CHUNK) // block_size] = peak
+        codes[start // 2 : (start + chunk) // 2] = packed[: n_codes - start // 2]
+        absmax[start // block_size : (start + chunk) // block_size] = peak
     if not torch.isfinite(absmax).all():
         raise ValueError("the weight holds NaN or values beyond float32's range, which NF4 cannot represent")
     if not double_quant:
@@ -164,33 +165,38 @@ def dequantize_nf4(
     block_size: int,
     dtype: torch.dtype = torch.float32,
     *,
-    chunk: int | None = CHUNK,
+    whole: bool = False,
     constants: Tables | None = None,
 ) -> Tensor:
     """W = c[q]·m, formed in float32 and rounded once to `dtype`; formed in float64 throughout when that is `dtype`.
 
-    Returns a contiguous `shape`. `chunk` elements are worked on at a time; None does all at once, in ops that a graph
-    can hold.
+    Returns a contiguous `shape`. Works a chunk at a time; with `whole` all at once, in ops that a graph can hold.
     """
     n = math.prod(shape)
     constants = constants or tables(nf4.codes.device)
     absmax = decode_absmax(nf4, dtype, constants)
     pairs = constants.pairs.to(absmax.dtype)
-    if chunk is None or n <= chunk:
-        return _values(nf4.codes, absmax, n, block_size, pairs).to(dtype).view(shape)
+    if whole:
+        return _scaled(F.embedding(nf4.codes.int(), pairs).view(-1)[:n], absmax, block_size).to(dtype).view(shape)
+    chunk = CHUNK.get(nf4.codes.device.type, CHUNK_ELSEWHERE)
     weight = torch.empty(n, dtype=dtype, device=nf4.codes.device)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        codes = nf4.codes[start // 2 : -(-stop // 2)]
-        peaks = absmax[start // block_size : -(-stop // block_size)]
-        weight[start:stop] = _values(codes, peaks, stop - start, block_size, pairs)
+        values = _looked_up(nf4.codes[start // 2 : -(-stop // 2)], pairs)[: stop - start]
+        weight[start:stop] = _scaled(values, absmax[start // block_size : -(-stop // block_size)], block_size)
     return weight.view(shape)
 
 
-def _values(codes: Tensor, absmax: Tensor, n: int, block_size: int, pairs: Tensor) -> Tensor:
-    unit = F.embedding(codes.int(), pairs).view(-1)[:n]
-    if n % block_size:
-        return unit * _spread(absmax, block_size, n)
+def _looked_up(codes: Tensor, pairs: Tensor) -> Tensor:
+    if pairs.dtype == torch.float32:
+        # A pair moves as one 8-byte word, several times quicker than a row of two; no such cast in graphs.
+        return pairs.view(torch.int64).view(-1).index_select(0, codes.int()).view(torch.float32)
+    return pairs.index_select(0, codes.int()).view(-1)
+
+
+def _scaled(unit: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    if unit.numel() % block_size:
+        return unit * _spread(absmax, block_size, unit.numel())
     return (unit.view(-1, block_size) * absmax[:, None]).view(-1)
 
 
@@ -204,7 +210,7 @@ def nf4_linear(
     transposed: bool,
     compute_dtype: torch.dtype,
     *,
-    chunk: int | None = CHUNK,
+    whole: bool = False,
     constants: Tables | None = None,
 ) -> Tensor:
     """y = x·dq(W)ᵀ + b, or x·dq(W) + b when W is stored transposed, `[in, out]`.
@@ -212,7 +218,7 @@ def nf4_linear(
     x `[..., in]`, bias `[out]`; weight, product and sum in `compute_dtype`, y `[..., out]` contiguous in x's dtype.
     """
     shape = (in_features, out_features) if transposed else (out_features, in_features)
-    weight = dequantize_nf4(nf4, shape, block_size, compute_dtype, chunk=chunk, constants=constants)
+    weight = dequantize_nf4(nf4, shape, block_size, compute_dtype, whole=whole, constants=constants)
     rows = x.to(compute_dtype).reshape(math.prod(x.shape[:-1]), in_features)
     y = F.linear(rows, weight.t() if transposed else weight, None if bias is None else bias.to(compute_dtype))
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
