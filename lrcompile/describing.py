@@ -55,7 +55,7 @@ def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dic
     reason = _REASON + (_REASON_NF4 if has_nf4 else "")
     if wider > 1:
         reason += (
-            f"; bound_ratio times {wider:g}: the folded weights are rounded to {str(stored).removeprefix('torch.')}"
+            f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
         )
     return {"limits": Limits(bound_ratio=_BOUND * wider).to_dict(), "limits_reason": reason}
 

@@ -110,7 +110,7 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "nf4": deployed.nf4,
         "base_sha256": fingerprint(model),
         **limits(
-            bool(deployed.nf4), working_dtype(model, [captured.examples[0] or captured.examples[1]]), deployed.stored
+            bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored
         ),
     }
 

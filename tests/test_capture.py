@@ -1,0 +1,145 @@
+"""Capture: every input its own, batch and sequence vary, names as the model has them, the model untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from lrcompile.capture import capture
+from lrcompile.errors import ExportError
+
+transformers = pytest.importorskip("transformers")
+
+
+class Scorer(nn.Module):
+    """Takes two integer tensors that a caller may well pass as one object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, ids, labels, scale=1.0, mask=None):
+        scores = self.drop(self.table(ids)) * scale
+        if mask is not None:
+            scores = scores * mask[..., None]
+        return {"scores": scores, "hit": (ids == labels).float().mean(), "nested": [scores.sum(-1), None]}
+
+
+def _ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_two_arguments_that_are_one_object_stay_two_inputs():
+    ids = _ids(3, 4)
+    captured = capture(Scorer(), {"ids": ids, "labels": ids})
+    assert captured.program.graph_signature.user_inputs == ("ids", "labels")
+    other = (ids + 1) % 11
+    result = captured.program.module()(ids=ids, labels=other)
+    assert result["hit"] == 0
+
+
+def test_outputs_are_named_as_in_the_model_and_none_is_left_out():
+    captured = capture(Scorer(), {"ids": _ids(2, 3), "labels": _ids(2, 3)})
+    assert captured.outputs == ("scores", "hit", "nested.0")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (5, 1), (4, 4)])
+def test_batch_and_sequence_vary_whatever_the_example_sizes(shape):
+    model = Scorer()
+    captured = capture(model, {"ids": _ids(*shape), "labels": _ids(*shape)})
+    assert set(captured.dimensions.values()) == {"batch", "sequence"}
+    module, model = captured.program.module(), model.eval()
+    for batch, sequence in ((2, 7), (7, 2), (3, 3)):
+        ids, labels = _ids(batch, sequence), _ids(batch, sequence)
+        assert torch.equal(module(ids=ids, labels=labels)["scores"], model(ids, labels)["scores"])
+
+
+def test_static_freezes_every_size():
+    captured = capture(Scorer(), (_ids(2, 3), _ids(2, 3)), "static")
+    assert captured.dimensions == {}
+    assert captured.program.range_constraints == {}
+
+
+def test_the_users_dimensions_keep_their_names():
+    rows, words = Dim("rows"), Dim("words", max=9)
+    for shapes in ({"ids": {0: rows, 1: words}, "labels": {0: rows, 1: words}}, ((rows, words), (rows, words))):
+        captured = capture(Scorer(), (_ids(2, 3), _ids(2, 3)), shapes)
+        assert set(captured.dimensions.values()) == {"rows", "words"}
+        assert captured.limits == {"words": 9}
+
+
+def test_what_is_no_tensor_is_a_constant():
+    captured = capture(Scorer(), {"ids": _ids(2, 3), "labels": _ids(2, 3), "scale": 3.0, "mask": None})
+    model = Scorer().eval()
+    model.load_state_dict(captured.program.state_dict)
+    ids = _ids(4, 5)
+    result = captured.program.module()(ids=ids, labels=ids, scale=3.0, mask=None)
+    assert torch.equal(result["scores"], model(ids, ids, 3.0)["scores"])
+
+
+def test_training_flags_and_the_config_come_back_exactly():
+    config = transformers.LlamaConfig(
+        vocab_size=19, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).train()
+    model.model.layers[0].mlp.eval()
+    flags = [module.training for module in model.modules()]
+    captured = capture(model, {"input_ids": _ids(1, 5), "attention_mask": torch.ones(1, 5, dtype=torch.long)})
+    assert captured.outputs == ("logits",)  # and no cache
+    assert [module.training for module in model.modules()] == flags
+    assert model.config.use_cache is True
+
+
+def test_a_failing_capture_leaves_flags_and_config_too():
+    class Breaks(Scorer):
+        def forward(self, ids):
+            if self.table(ids).sum() > 0:  # a branch on data cannot be captured
+                return ids
+            return -ids
+
+    model = Breaks().train()
+    with pytest.raises(ExportError, match="Breaks could not be captured"):
+        capture(model, (_ids(2, 3),))
+    assert model.training
+
+
+def test_a_dimension_that_cannot_vary_is_an_error_that_says_what_to_do():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.view(4, -1) + torch.ones(4, 6)
+
+    with pytest.raises(ExportError, match="dynamic_shapes='static'"):
+        capture(Fixed(), (torch.ones(4, 6),))
+    assert capture(Fixed(), (torch.ones(4, 6),), "static").dimensions == {}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"ids": torch.ones(2, 2).long()}, "missing a required argument: 'labels'"),
+        ({"ids": 1, "labels": 2, "nonsense": 3}, "nonsense"),
+        (torch.ones(2, 2), "expected a dict"),
+        ([torch.ones(2, 2)], "expected a dict"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(inputs, message):
+    with pytest.raises(ExportError, match=message):
+        capture(Scorer(), inputs)
+
+
+def test_an_unknown_word_for_the_shapes_is_refused():
+    with pytest.raises(ExportError, match="'static'"):
+        capture(Scorer(), (_ids(2, 3), _ids(2, 3)), "dynamic")
+
+
+def test_an_input_of_size_one_beside_larger_ones_broadcasts():
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    captured = capture(Sum(), (torch.randn(3, 4), torch.randn(1, 4)))
+    assert captured.program.module()(torch.ones(5, 4), torch.ones(1, 4)).shape == (5, 4)
