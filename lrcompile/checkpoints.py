@@ -1,0 +1,139 @@
+"""`save` and `load`: adapters as folders in PEFT's layout, exchanged as a whole, read as hostile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lrcompile import adapter_files
+from lrcompile.adapter_files import FILES, as_adapter_error, finite, opened
+from lrcompile.adapter_plans import check, factors_of, planned, refuse_other_base_values
+from lrcompile.base_print import print_of
+from lrcompile.errors import AdapterError, SpecError
+from lrcompile.filling import attach_filled
+from lrcompile.interop.peft_config import spec_to_peft
+from lrcompile.interop.peft_fitting import by_parameter
+from lrcompile.interop.peft_keys import base_key, pack, pairs
+from lrcompile.interop.peft_matching import targets_for
+from lrcompile.specs import Spec
+from lrcompile.state import State, adapter_set, has_state, require_name, state_of
+from lrcompile.wrapping import refuse_wrapped
+from lrcompile.writing import atomic_folder
+
+
+def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write A, B and what was trained in full of one adapter, or of all, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
+
+    One adapter, or the one called `name`, goes to the top of `dir`; of several, "default" goes to the top and each other into a
+    sub-folder of its name. Beside PEFT's files lies `lrcompile.json` with the exact spec and a print of the base. While merged, the
+    factors are written. The folder is exchanged as a whole: whoever looks finds the old adapter or the new one. Everything else in it
+    (a README, other adapters) stays. Factors keep their dtype. Returns the folder.
+
+    Raises `AdapterError` for a name that is not there, tensors that are not finite, on the meta device or sharded, a folder that
+    cannot be written or that this process works in; what was there before is then untouched.
+    """
+    refuse_wrapped(model, "save")
+    state = state_of(model)
+    folders = _folders(state, name)
+    _refuse_working_folder(dir)
+    contents = {folder: _content(model, state, each) for folder, each in folders.items()}
+    replaced = FILES if "" in folders else frozenset()
+    with atomic_folder(dir, keep=lambda entry: entry not in replaced, error=AdapterError) as temporary:
+        for folder, (config, spec, base, tensors) in contents.items():
+            inner, old = temporary / folder, Path(dir) / folder
+            if folder and old.is_dir():
+                shutil.copytree(old, inner, symlinks=True, ignore=lambda _, names: FILES.intersection(names))
+            inner.mkdir(exist_ok=True)
+            adapter_files.write(inner, config, spec, base, tensors)
+    return Path(dir)
+
+
+def load(
+    model: nn.Module,
+    dir: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    replace: bool = False,
+) -> nn.Module:
+    """y = xWᵀ + b + s·(xAᵀ)Bᵀ with the A, B and s of an adapter folder, ours or PEFT's; in place, returns `model`.
+
+    The adapter becomes the only active one, and trains only if `trainable`. Tensors keep the checkpoint's bits and dtype (those trained
+    in full take the dtype of the parameter they stand for). With `replace` it takes the place of the adapter of that name.
+    Nothing is unpickled. `nn.MultiheadAttention` computes the documented mathematics; PEFT 0.21 applies the update of its `out_proj`
+    twice, and the report says so.
+
+    Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and values that are not finite; or that says what differs
+    between this base and the adapter's, or which setting has no counterpart. On any error the model is as it was.
+    """
+    refuse_wrapped(model, "load into")
+    _refuse_peft_model(model)
+    state = state_of(model) if has_state(model) else None
+    if state is not None and name in state.specs and not replace:
+        raise AdapterError(f"an adapter named {name!r} is there already; give replace=True, or another name=")
+    folder = Path(dir)
+    with opened(folder) as checkpoint:
+        try:
+            plan = planned(model, state, checkpoint)
+        except SpecError as error:
+            raise as_adapter_error(error, folder) from error
+        check(model, plan, checkpoint)
+        tensors = checkpoint.tensors.tensors()
+    factors = {pair.unit.site.name: factors_of(model, pair, tensors) for pair in plan.pairs}
+    refuse_other_base_values(model, state, plan, tensors, folder)
+    attach_filled(model, plan, name, factors, tensors, trainable)
+    return model
+
+
+Content = tuple[dict, Spec, dict, dict[str, Tensor]]
+
+
+def _folders(state: State, name: str | None) -> dict[str, str]:
+    if name is not None:
+        require_name(state, name)
+        return {"": name}
+    if len(state.specs) == 1:
+        return {"": next(iter(state.specs))}
+    return {"" if each == "default" else each: each for each in state.specs}
+
+
+def _refuse_working_folder(dir: str | os.PathLike[str]) -> None:
+    """Exchanging a folder would leave a process that works in it, or below, in the old one."""
+    target = Path(os.path.realpath(dir))
+    if Path.cwd().is_relative_to(target):
+        raise AdapterError(
+            f"{os.fspath(dir)!r} is (or holds) the working folder, which cannot be exchanged; give a sub-folder"
+        )
+
+
+def _content(model: nn.Module, state: State, name: str) -> Content:
+    spec, sites = state.specs[name], state.sites[name]
+    where = getattr(model, "name_or_path", None) or None
+    config = spec_to_peft(spec, **targets_for(model, spec, sites), base_model_name_or_path=where)
+    # a setting that is not there is one that older readers need not know
+    config = {key: value for key, value in config.items() if value is not None}
+    adapted = by_parameter(config, sites)
+    tensors = {}
+    for pair in pairs(model, adapted):
+        adapter = adapter_set(model, pair.unit.site)[name]
+        tensors[pair.A], tensors[pair.B] = pack(model, pair.unit, adapter.A.detach(), adapter.B.detach())
+    for parameter in state.trained.names_of(name):
+        tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
+    if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise AdapterError(
+            f"{len(meta)} tensors are on the meta device and have no values to save: {', '.join(meta[:8])}"
+        )
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    finite(tensors)
+    return config, spec, print_of(model, state, sites), tensors
+
+
+def _refuse_peft_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            raise AdapterError(
+                f"{name or 'the model'} is PEFT's {type(module).__name__}; load into the plain model (peft_model.unload() gives it back)"
+            )

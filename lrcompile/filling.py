@@ -1,0 +1,79 @@
+"""Attaching an adapter with given values, also in the place of another; the model is as before if anything fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.adapter_plans import Plan
+from lrcompile.adapting import attach, remove
+from lrcompile.state import State, adapter_set, has_state, state_of
+from lrcompile.switching import activate, rewrite_graphs, set_training
+
+T = TypeVar("T")
+
+
+def attach_filled(
+    model: nn.Module,
+    plan: Plan,
+    name: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    tensors: Mapping[str, Tensor],
+    trainable: bool,
+) -> None:
+    """Attach beside what is there, fill, and only then take the place of an adapter of the same name."""
+    old = state_of(model) if has_state(model) else None
+    before = (dict(old.active), old.training) if old is not None else ({}, ())
+    taken = old is not None and name in old.specs
+    fresh = _free_name(old, name) if taken else name
+    with torch.random.fork_rng(
+        devices=sorted({t.device for pair in factors.values() for t in pair if t.is_cuda}, key=str)
+    ):
+        attach(model, plan.spec, fresh, plan.matched, trainable=trainable)
+    state = state_of(model)
+    try:
+        for site in plan.matched.hit:
+            adapter = adapter_set(model, site)[fresh]
+            adapter.A.data, adapter.B.data = factors[site.name]
+            adapter.refill_scale()
+        for key, parameter in plan.trained.items():
+            state.trained.write(model, fresh, parameter, tensors[key])
+    except BaseException:
+        remove(model, fresh)
+        if has_state(model):
+            activate(model, before[0])
+            set_training(model, before[1])
+        raise
+    if taken:
+        remove(model, name)
+        _rename(model, state, fresh, name)
+    state.notes += [note for note in plan.notes if note not in state.notes]
+
+
+def _free_name(state: State | None, name: str) -> str:
+    while state is not None and name in state.specs:
+        name += "-"
+    return name
+
+
+def _rename(model: nn.Module, state: State, old: str, new: str) -> None:
+    for site in state.sites[old]:
+        adapters = adapter_set(model, site)
+        adapters._modules[new] = adapters._modules.pop(old)
+        adapters.active = tuple(new if each == old else each for each in adapters.active)
+    _move(state.specs, old, new)
+    _move(state.sites, old, new)
+    _move(state.spared, old, new)
+    _move(state.active, old, new)
+    _move(state.trained.values, old, new)
+    state.training = tuple(new if each == old else each for each in state.training)
+    state.trained.in_place = {key: new if each == old else each for key, each in state.trained.in_place.items()}
+    rewrite_graphs(model, state.sites[new])
+
+
+def _move(record: dict[str, T], old: str, new: str) -> None:
+    if old in record:
+        record[new] = record.pop(old)

@@ -1,0 +1,239 @@
+"""PEFT's `LoraConfig` and a `Spec`: the same description in two vocabularies, both ways, and what has no counterpart by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lrcompile.errors import SpecError
+from lrcompile.recipes import recipe
+from lrcompile.specs import Spec
+
+_INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_BASE_KEEPING = ("eva",)
+"""Initialisations that need data we are not given, but leave W as it is: their trained factors are plain LoRA."""
+
+_HARMLESS = frozenset(
+    [
+        "task_type",
+        "revision",
+        "inference_mode",
+        "base_model_name_or_path",
+        "peft_version",
+        "auto_mapping",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+    ]
+)
+"""Say nothing about what is computed: bookkeeping, what the model itself tells, options of an `init_lora_weights` or of a refused setting."""
+
+_UNSUPPORTED = {
+    "use_dora": "it adds a magnitude to each output; merge it with PEFT, or train with method 'lora'",
+    "lora_bias": "it adds a bias to B; merge it with PEFT, or train base biases with bias='lora_only'",
+    "layer_replication": "it builds another model; replicate the layers of the base first, then drop this setting",
+    "trainable_token_indices": "train the embedding with train_modules, or adapt it as a target",
+    "ensure_weight_tying": "adapters of tied weights are independent here; drop this setting",
+    "megatron_config": "Megatron's parallel layers are not supported; gather the model first",
+    "alora_invocation_tokens": "activated LoRA depends on the tokens; there is no counterpart",
+    "use_qalora": "it pools inputs by group; there is no counterpart",
+    "velora_config": "it changes the backward pass only: drop this setting to use the factors as plain LoRA",
+    "kasa_config": "it changes the base weight; merge it with PEFT",
+    "monteclora_config": "it samples the factors; merge it with PEFT",
+    "use_bdlora": "its factors are block-diagonal; merge it with PEFT",
+    "arrow_config": "it routes between adapters; there is no counterpart",
+}
+_USED = frozenset(
+    [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+        "init_lora_weights",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    ]
+)
+
+
+def spec_from_peft(config: Any) -> Spec:
+    """The spec of a `LoraConfig`, or of the mapping of an `adapter_config.json`.
+
+    `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora` a `scaling`.
+    `init_lora_weights` False (PEFT's random B, meant for tests) becomes "kaiming": B starts at 0. Raises `SpecError`
+    naming each setting that has no counterpart, with what to do about it.
+    """
+    data = settings_of(config)
+    return Spec.from_dict(numbers_from_peft(data) | _targets(data))
+
+
+def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
+    """The mapping PEFT reads as `adapter_config.json`; `more` replaces or adds settings of PEFT by name.
+
+    A spec alone does not say which targets are modules and which are raw parameters: all go to `target_modules`, and whoever
+    has the model (`lrcompile.save`) gives both lists. Raises `SpecError` for a method that PEFT has no type for.
+    """
+    kind = recipe(spec.method).peft
+    if kind is None:
+        raise SpecError(f"PEFT has no form for method {spec.method!r}", field="method")
+    if unknown := sorted(set(more) - _USED - _HARMLESS - set(_UNSUPPORTED)):
+        raise SpecError(f"PEFT's LoraConfig has no setting {', '.join(map(repr, unknown))}", field=unknown[0])
+    data: dict[str, Any] = {
+        "peft_type": kind,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": _plain(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.scaling == "alpha/sqrt(r)",
+        "init_lora_weights": _INITS.get(spec.init, True),
+        "bias": spec.bias,
+        "fan_in_fan_out": False,
+        "target_modules": spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        "exclude_modules": _or_none(spec.exclude),
+        "layers_to_transform": _or_none(spec.layers or ()),
+        "layers_pattern": None,
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": {key: _plain(alpha) for key, alpha in spec.alpha_pattern.items()},
+        "modules_to_save": _or_none(spec.train_modules),
+    }
+    return data | more
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a config object or mapping, every one of them known to be supported or harmless."""
+    data = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise SpecError(
+            f"a PEFT config is a LoraConfig or a mapping of settings, got {type(config).__name__}", field="method"
+        )
+    kind = data.get("peft_type")
+    if (kind := str(getattr(kind, "value", kind))) != "LORA":
+        raise SpecError(
+            f"peft_type is {kind}; only LORA adapters can be read. Convert it with PEFT, or merge it there",
+            field="peft_type",
+        )
+    for key, value in data.items():
+        if key in _UNSUPPORTED and value:
+            raise SpecError(f"PEFT's {key}={value!r} is not supported: {_UNSUPPORTED[key]}", field=key)
+        if key not in _UNSUPPORTED | dict.fromkeys(_HARMLESS | _USED) and value:
+            raise SpecError(
+                f"PEFT's {key}={value!r} is not known here, so what it changes is not; merge the adapter with PEFT",
+                field=key,
+            )
+    return dict(data)
+
+
+def numbers_from_peft(data: Mapping[str, Any], *, trained: bool = False) -> dict[str, Any]:
+    """The fields of a spec but for its targets; `trained` factors need no initialisation, only an untouched base."""
+    modules = data.get("modules_to_save")
+    if modules is not None and (isinstance(modules, str) or not isinstance(modules, (list, tuple, set))):
+        raise SpecError(f"modules_to_save must be a list of names, got {modules!r}", field="modules_to_save")
+    return {
+        "method": "lora",
+        "rank": data.get("r", 8),
+        "alpha": data.get("lora_alpha", 8),
+        "dropout": data.get("lora_dropout") or 0.0,
+        "rank_pattern": data.get("rank_pattern") or {},
+        "alpha_pattern": data.get("alpha_pattern") or {},
+        "scaling": "alpha/sqrt(r)" if data.get("use_rslora") else "alpha/r",
+        "init": _init(data.get("init_lora_weights", True), trained),
+        "bias": data.get("bias") or "none",
+        "train_modules": tuple(sorted(modules)) if isinstance(modules, set) else tuple(modules or ()),
+    }
+
+
+def names_in(data: Mapping[str, Any], key: str) -> list[str]:
+    """A setting that is a list of names, one name, or absent."""
+    value = data.get(key) or []
+    value = sorted(value) if isinstance(value, (set, frozenset)) else [value] if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
+        raise SpecError(f"PEFT's {key} must be a list of names, got {value!r}", field=key)
+    return list(value)
+
+
+def layers_in(data: Mapping[str, Any]) -> list[int] | None:
+    """`layers_to_transform` as a list; PEFT takes an empty one for none given."""
+    layers = data.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if layers and not (isinstance(layers, (list, tuple)) and all(isinstance(index, int) for index in layers)):
+        raise SpecError(
+            f"PEFT's layers_to_transform must be a list of integers, got {layers!r}", field="layers_to_transform"
+        )
+    return list(layers) if layers else None
+
+
+def _targets(data: Mapping[str, Any]) -> dict[str, Any]:
+    modules = data.get("target_modules")
+    raw = [name.removesuffix(".weight") for name in names_in(data, "target_parameters")]
+    layers, patterns = layers_in(data), names_in(data, "layers_pattern")
+    excluded = data.get("exclude_modules")
+    out: dict[str, Any] = {
+        "exclude": excluded if isinstance(excluded, str) else tuple(names_in(data, "exclude_modules"))
+    }
+    if modules is None and not raw:
+        raise SpecError(
+            "target_modules is not given, so PEFT would choose by architecture; name the targets",
+            field="target_modules",
+        )
+    if isinstance(modules, str):
+        if layers:
+            raise SpecError("PEFT's layers_to_transform needs target_modules to be a list", field="layers_to_transform")
+        if modules.lower() == "all-linear":
+            if raw:
+                raise SpecError(
+                    "'all-linear' beside target_parameters has no counterpart; list the modules",
+                    field="target_parameters",
+                )
+            return out | {"targets": "all-linear"}
+        return out | {"targets": f"(?:{modules})|{_suffixes(raw)}" if raw else modules}
+    names = [*names_in(data, "target_modules"), *raw]
+    if layers and patterns:
+        indices = "|".join(map(str, layers))
+        return out | {"targets": rf"(?:.*\.)?(?:{'|'.join(patterns)})\.(?:{indices})\.{_suffixes(names)}"}
+    return out | {"targets": tuple(names), "layers": layers}
+
+
+def _suffixes(names: list[str]) -> str:
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def _init(given: Any, trained: bool) -> str:
+    for name, theirs in _INITS.items():
+        if given is theirs or (isinstance(given, str) and given == theirs):
+            return name
+    if given in (False, None, "true", "True") or (trained and given in _BASE_KEEPING):
+        return "kaiming"
+    if given in _BASE_KEEPING:
+        raise SpecError(
+            f"init_lora_weights={given!r} starts from data; choose one of {', '.join(map(repr, _INITS))} as init",
+            field="init",
+        )
+    raise SpecError(
+        f"init_lora_weights={given!r} also changes the base weights, so its factors mean something on that base only; save it with"
+        " PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which gives plain LoRA",
+        field="init",
+    )
+
+
+def _or_none(names: Any) -> Any:
+    return names if isinstance(names, str) else list(names) or None
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number

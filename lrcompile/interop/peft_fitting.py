@@ -1,0 +1,92 @@
+"""A PEFT adapter beside a model of ours: the sites it means there, and the spec that means the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lrcompile import sites
+from lrcompile.errors import AdapterError, SpecError
+from lrcompile.interop.peft_config import names_in, numbers_from_peft, settings_of, spec_from_peft
+from lrcompile.interop.peft_matching import Unit, module_names, rank_and_alpha, saved_modules, units
+from lrcompile.matching import Matched, match
+from lrcompile.specs import Spec, pattern_hits
+from lrcompile.targeting import hits
+
+
+def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit], Matched]:
+    """The spec under which `model` gets exactly the sites, ranks and scales that PEFT would give it under `config`.
+
+    The config's own words where they mean the same here, otherwise the sites by name. Raises `SpecError` for settings without
+    counterpart, `AdapterError` for targets that cannot be adapted here.
+    """
+    data = settings_of(config)
+    adapted = units(model, data, sites.find(model))
+    if not adapted:
+        raise AdapterError(f"its targets hit nothing in this {type(model).__name__}")
+    if refused := [unit.site for unit in adapted if unit.site.refusal]:
+        raise AdapterError("; ".join(f"{site.name} cannot be adapted: {site.refusal}" for site in refused[:8]))
+    names = [unit.site.name for unit in adapted]
+    fields = numbers_from_peft(data, trained=True)
+    fields["train_modules"] = _train_modules(model, fields["train_modules"])
+    numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
+    fields["rank_pattern"] = _patterns(
+        fields["rank_pattern"], fields["rank"], {name: rank for name, (rank, _) in numbers.items()}
+    )
+    fields["alpha_pattern"] = _patterns(
+        fields["alpha_pattern"], fields["alpha"], {name: alpha for name, (_, alpha) in numbers.items()}
+    )
+    Spec.from_dict(
+        fields | {"targets": tuple(names)}
+    )  # a number out of range is complained of before targets are tried
+    for targets in (
+        _own_targets,
+        lambda _: {"targets": tuple(names)},
+        lambda _: {"targets": "|".join(map(re.escape, names))},
+    ):
+        if found := _matched(model, lambda: fields | targets(data), names):  # noqa: B023 (called at once)
+            spec, matched = found
+            by_name = {unit.site.name: unit for unit in adapted}
+            return spec, [by_name[site.name] for site in matched.hit], matched
+    raise AdapterError(f"no spec means exactly these sites: {', '.join(names[:8])}")
+
+
+def by_parameter(config: Mapping[str, Any], hit: Sequence[sites.Site]) -> list[Unit]:
+    """Units of sites known already: the config says only which PEFT reaches by `target_parameters`."""
+    parameters = names_in(config, "target_parameters")
+    chosen = {site.name for site in hit if hits(parameters, site.parameter)}
+    return [Unit(site, site.name in chosen, site.parameter if site.name in chosen else site.host) for site in hit]
+
+
+def _matched(model: nn.Module, fields: Callable[[], dict[str, Any]], names: list[str]) -> tuple[Spec, Matched] | None:
+    """The spec and what it matches, if that is just the sites called `names`."""
+    try:
+        spec = Spec.from_dict(fields())
+        matched = match(model, spec, allow_high_rank=True)
+    except SpecError:
+        return None  # these words mean something else here, or nothing; the next candidate is tried
+    return (spec, matched) if {site.name for site in matched.hit} == set(names) else None
+
+
+def _own_targets(data: Mapping[str, Any]) -> dict[str, Any]:
+    spec = spec_from_peft(dict(data) | {"init_lora_weights": True})
+    return {"targets": spec.targets, "exclude": spec.exclude, "layers": spec.layers}
+
+
+def _train_modules(model: nn.Module, entries: Sequence[str]) -> tuple[str, ...]:
+    """`modules_to_save` without names PEFT adds for classes this model is not of, spelled out where its rule hits more than ours."""
+    theirs = saved_modules(model, entries)
+    kept = tuple(entry for entry in entries if any(hits((entry,), name) for name in theirs))
+    ours = [name for name in module_names(model) if hits(kept, name)]
+    return kept if ours == theirs else tuple(theirs)
+
+
+def _patterns(own: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    first = lambda name: next((value for key, value in own.items() if pattern_hits(key, name)), default)  # noqa: E731
+    useful = all(any(pattern_hits(key, name) for name in wanted) for key in own)
+    if useful and all(first(name) == value for name, value in wanted.items()):
+        return dict(own)
+    return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
