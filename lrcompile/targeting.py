@@ -95,11 +95,11 @@ def output_heads(model: nn.Module) -> dict[str, str]:
 def is_router(model: nn.Module, host: str) -> bool:
     """A mixture's router: named gate or router beside (or over) a child called experts, or of a class called so."""
     parent, _, own = host.rpartition(".")
-    cls = type(model.get_submodule(host)).__name__.lower()
-    beside = parent in dict(model.named_modules()) and any(
-        "experts" in child for child, _ in model.get_submodule(parent).named_children()
-    )
-    return (beside and own in ("gate", "router", "wg")) or cls.endswith(("router", "topkgate"))
+    if own in ("gate", "router", "wg") and any(
+        "experts" in name for name, _ in model.get_submodule(parent).named_children()
+    ):
+        return True
+    return type(model.get_submodule(host)).__name__.lower().endswith(("router", "topkgate"))
 
 
 def _near(entry: str, names: Sequence[str]) -> str:
