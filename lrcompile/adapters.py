@@ -14,8 +14,6 @@ from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
 from lrcompile import dialect_experts as dialect_experts
 from lrcompile.errors import AdapterError
 
-RESERVED = frozenset(dir(nn.Module()))
-
 
 class LoraAdapter(nn.Module):
     """Δ = s·B·A, applied as y + s·(drop(x)Aᵀ)Bᵀ  (arXiv 2106.09685).
@@ -81,8 +79,8 @@ class LoraAdapter(nn.Module):
         return torch.ops.lrcompile.lora_embedding.default(y, ids, self.A, self.B, self.scale, pad)
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s·weight·B·A in `dtype`, `[..., out, in]`."""
-        return (self.B.detach().to(dtype) @ self.A.detach().to(dtype)) * (self.scale_value * self.weight)
+        """s·weight·B·A in `dtype`, `[..., out, in]`; with the float32 scale that the forward uses."""
+        return (self.B.detach().to(dtype) @ self.A.detach().to(dtype)) * self.scale.to(dtype)
 
     def extra_repr(self) -> str:
         sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, rank={self.rank}"
@@ -124,3 +122,29 @@ class AdapterSet(nn.Module):
 
     def live_names(self) -> tuple[str, ...]:
         return tuple(name for name in self.active if name not in self.merged) if self.merged else self.active
+
+
+RESERVED = frozenset(dir(AdapterSet()))
+"""What an adapter cannot be called, because its tensors are reached by attribute."""
+
+
+class AdapterSlots(nn.Module):
+    """The adapter sets of one host by slot: an `nn.ModuleDict` without methods, as a parameter may be called `keys`."""
+
+    def __setitem__(self, slot: str, adapters: AdapterSet) -> None:
+        self._modules[slot] = adapters
+
+    def __getitem__(self, slot: str) -> Any:
+        return self._modules[slot]
+
+    def __delitem__(self, slot: str) -> None:
+        del self._modules[slot]
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lrcompile import sites
-from lrcompile.adapters import RESERVED, AdapterSet
+from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched, match
@@ -173,7 +173,7 @@ def _place(model: nn.Module, state: State, name: str, matched: Matched, adapters
     for site, adapter in zip(matched.hit, adapters, strict=True):
         host = model.get_submodule(site.host)
         if sites.ADAPTERS not in host._modules:
-            host.add_module(sites.ADAPTERS, nn.ModuleDict())
+            host.add_module(sites.ADAPTERS, AdapterSlots())
         slots: Any = host._modules[sites.ADAPTERS]
         if site.slot not in slots:
             slots[site.slot] = AdapterSet()

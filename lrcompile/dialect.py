@@ -22,14 +22,20 @@ LIBRARY.define("lora_embedding(Tensor y, Tensor ids, Tensor A, Tensor B, Tensor 
 def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0) -> Tensor:
     """y + s·(drop(x)Aᵀ)Bᵀ  (arXiv 2106.09685).
 
-    y `[..., out]`, x `[..., in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. The product is formed in y's dtype, so
-    float32 master factors beside a bfloat16 base cost two small casts and none of the activations' size. `dropout` is
-    the probability in force (0 in evaluation).
+    y `[..., out]`, x `[..., in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d; a stack of maps has A `[copies, rank,
+    in]`, B `[copies, out, rank]` and applies them to x `[copies, ..., in]` as `torch.matmul` does. The product is
+    formed in y's dtype, so float32 master factors beside a bfloat16 base cost two small casts and none of the
+    activations' size. `dropout` is the probability in force (0 in evaluation).
     """
     if dropout:
         x = F.dropout(x, dropout, True)
-    code = F.linear(x.to(y.dtype), A.to(y.dtype)) * scale.to(y.dtype)
-    return y + F.linear(code, B.to(y.dtype))
+    product = F.linear if A.dim() == 2 else _stacked
+    code = product(x.to(y.dtype), A.to(y.dtype)) * scale.to(y.dtype)
+    return y + product(code, B.to(y.dtype))
+
+
+def _stacked(x: Tensor, W: Tensor) -> Tensor:
+    return x @ W.mT
 
 
 @torch.library.impl(LIBRARY, "lora_embedding", "CompositeImplicitAutograd")

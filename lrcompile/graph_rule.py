@@ -7,14 +7,13 @@ An adapter is inlined, so that the graph holds its one dialect op and nothing el
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from lrcompile.adapters import AdapterSet
 from lrcompile.weight_uses import Use, uses_of
-
-MARK = "lrcompile"
-"""Key in `node.meta` of the nodes this rule inserted."""
 
 
 def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
@@ -24,14 +23,16 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
     What an earlier call inserted is taken out first, so the rule is idempotent. Raises `NotALinearMap` when a weight
     is used otherwise.
     """
-    erase_adapters(graph)
+    erase_adapters(graph, root)
     count = 0
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         owner, _, slot = str(target).rpartition(".")
         sets = root.get_submodule(owner)._modules.get("lrcompile_adapters")
         if sets is None or slot not in sets._modules:
             continue
-        for use in uses_of(graph, str(target)):
+        shape = getattr(root.get_submodule(owner), slot).shape
+        for index in range(len(uses_of(graph, str(target), shape))):
+            use = uses_of(graph, str(target), shape)[index]  # anew: one use's result can be the next one's input
             for name in sets[slot].live_names():  # type: ignore[index,operator]
                 path = ".".join(part for part in (owner, "lrcompile_adapters", slot, name) if part)
                 use = _insert(graph, use, path, root.get_submodule(path))
@@ -40,13 +41,24 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
     return count
 
 
-def erase_adapters(graph: fx.Graph) -> None:
-    """Take out every node the rule inserted."""
+def erase_adapters(graph: fx.Graph, root: nn.Module) -> None:
+    """Take out every node the rule inserted: by what it reads, which copies and other rewrites of the graph keep."""
+    read = [node for node in graph.nodes if node.op == "get_attr" and _is_factor(root, str(node.target))]
     for node in reversed(graph.nodes):
-        if MARK in node.meta:
-            if replaced := node.meta[MARK]:
-                node.replace_all_uses_with(replaced)
+        if not set(node.all_input_nodes).isdisjoint(read):
+            node.replace_all_uses_with(node.args[0])  # y of op(y, x, A, B, …)
             graph.erase_node(node)
+    for node in read:
+        graph.erase_node(node)
+
+
+def _is_factor(root: nn.Module, target: str) -> bool:
+    """Is this attribute a tensor of an adapter that lrcompile holds, rather than one captured with the graph?"""
+    host, mark, rest = target.partition("lrcompile_adapters.")
+    if not mark:
+        return False
+    sets = root.get_submodule(host.rstrip("."))._modules["lrcompile_adapters"]
+    return isinstance(sets._modules.get(rest.partition(".")[0]), AdapterSet)  # type: ignore[union-attr]
 
 
 def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
@@ -56,7 +68,7 @@ def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
         tracer.traced_func_name = "lookup"
         constants = {"padding_idx": use.padding_idx}
     body = tracer.trace(adapter, constants or None)
-    drop_constants(body, set(constants))
+    drop_constants(body, ["y", "ids", "padding_idx"], constants)
     inputs = iter((use.node, use.x))
     mapped: dict[fx.Node, Any] = {}
     users = list(use.node.users)
@@ -71,17 +83,19 @@ def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
                 last = graph.node_copy(node, lambda n: mapped[n])
             if node.op == "get_attr":
                 last.target = f"{path}.{node.target}"
-            last.meta[MARK] = None
             mapped[node] = last
-    result.meta[MARK] = use.node
     for user in users:
         user.replace_input_with(use.node, result)
     return Use(result, use.x, use.form, use.transposed, use.padding_idx)
 
 
-def drop_constants(graph: fx.Graph, names: set[str]) -> None:
-    """Constants are in the traced code already: take out their placeholders and the assertions fx puts on them."""
-    doomed = {n for n in graph.nodes if n.op == "placeholder" and str(n.target).rsplit("_", 1)[0] in names}
+def drop_constants(graph: fx.Graph, arguments: Sequence[str], constants: Mapping[str, Any]) -> None:
+    """Constants are in the traced code already: take out their placeholders and the assertions fx puts on them.
+
+    `arguments` are those of the traced function in order, each of which has one placeholder.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    doomed = {node for node, name in zip(placeholders, arguments, strict=False) if name in constants}
     for node in graph.nodes:
         if any(given in doomed for given in node.all_input_nodes):
             doomed.add(node)

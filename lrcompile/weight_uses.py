@@ -9,7 +9,7 @@ with any chain of casts and transposes of W in between, as written by hand, symb
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,14 +67,14 @@ class Use:
     padding_idx: int | None = None
 
 
-def uses_of(graph: fx.Graph, target: str, ndim: int) -> list[Use]:
-    """Every use of the attribute `target`, a weight of `ndim` dimensions; raises `NotALinearMap` when one is something
-    else, or when they disagree.
+def uses_of(graph: fx.Graph, target: str, shape: Sequence[int]) -> list[Use]:
+    """Every use of the attribute `target`, a weight of this shape; raises `NotALinearMap` when one is something else,
+    or when they disagree.
     """
     found: list[Use] = []
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == target:
-            found += _follow(node, ndim, flipped=False)
+            found += _follow(node, shape, flipped=False)
     for use in found[1:]:
         if (use.form, use.transposed) != (found[0].form, found[0].transposed):
             raise NotALinearMap(
@@ -83,21 +83,21 @@ def uses_of(graph: fx.Graph, target: str, ndim: int) -> list[Use]:
     return found
 
 
-def _follow(node: fx.Node, ndim: int, flipped: bool) -> Iterator[Use]:
+def _follow(node: fx.Node, shape: Sequence[int], flipped: bool) -> Iterator[Use]:
     for user in node.users:
         if _is_harmless(user, node):
             continue
         if _is_cast(user, node):
-            yield from _follow(user, ndim, flipped)
-        elif (flip := _flip(user, node, ndim)) is not None:
+            yield from _follow(user, shape, flipped)
+        elif (flip := _flip(user, node, len(shape))) is not None:
             if not flip:
                 raise NotALinearMap("it is rearranged by more than a transpose", user)
-            yield from _follow(user, ndim, not flipped)
+            yield from _follow(user, shape, not flipped)
         else:
-            yield _product(user, node, flipped)
+            yield _product(user, node, shape, flipped)
 
 
-def _product(user: fx.Node, weight: fx.Node, flipped: bool) -> Use:
+def _product(user: fx.Node, weight: fx.Node, shape: Sequence[int], flipped: bool) -> Use:
     args = user.args
     called = user.target if user.op == "call_function" else None
     if user.kwargs.get("out") is not None:
@@ -115,6 +115,7 @@ def _product(user: fx.Node, weight: fx.Node, flipped: bool) -> Use:
         if user.kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None):
             raise NotALinearMap("max_norm rewrites its rows at each lookup", user)
         padding = user.kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        padding = padding if padding is None else int(padding) % shape[0]
         return Use(user, _argument(user, 0, "input"), "lookup", transposed=True, padding_idx=padding)
     if called is aten.embedding.default and args[0] is weight and not flipped:
         padding = args[2] if len(args) > 2 and args[2] != -1 else None

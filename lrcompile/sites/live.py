@@ -15,4 +15,4 @@ def live(host: nn.Module, slot: str) -> list[Any]:
 
 def any_live(host: nn.Module) -> bool:
     sets: Any = host._modules.get("lrcompile_adapters")
-    return sets is not None and any(adapters.live() for adapters in sets.values())
+    return sets is not None and any(adapters.live() for adapters in sets._modules.values())

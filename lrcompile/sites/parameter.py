@@ -19,10 +19,13 @@ from lrcompile.errors import AdapterError
 from lrcompile.graph_rule import drop_constants, insert_adapters
 from lrcompile.hosting import Host, original_class
 from lrcompile.sites.site import Slot
+from lrcompile.sites.tracing import trace
 from lrcompile.weight_uses import NotALinearMap, uses_of
 
 NAME = "parameter"
 
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
 _TRACED: WeakKeyDictionary[nn.Module, dict[Any, Callable]] = WeakKeyDictionary()
 
 
@@ -31,11 +34,11 @@ class AdaptedParameters(Host):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls = type(self)._lrcompile_original
-        if not any(adapters.live() for adapters in self.lrcompile_adapters.values()):  # type: ignore[attr-defined]
+        if not any(adapters.live() for adapters in self.lrcompile_adapters._modules.values()):  # type: ignore[attr-defined]
             return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
         module: nn.Module = self  # type: ignore[assignment]
-        key = (tuple(tensors), tuple(constants.items()), _plain_attributes(module), _live(module))
+        key = (tuple(tensors), _plain(constants), _plain_attributes(module), _live(module), torch.is_grad_enabled())
         cache = _TRACED.setdefault(module, {})
         if key not in cache:
             cache[key] = _compiled(module, constants)
@@ -58,7 +61,7 @@ def slots(module: nn.Module) -> list[Slot] | None:
             Slot(name, refusal=f"{cls.__name__} does not use it as a linear map that can be rewritten") for name in own
         ]
     try:
-        graph = _trace(module, _default_constants(cls))
+        graph = trace(module, _default_constants(cls))
     except Exception as error:
         reason = f"{cls.__name__}.forward cannot be traced, so its use of this weight is unknown: {_first_line(error)}"
         return [Slot(name, refusal=reason) for name in own]
@@ -68,7 +71,7 @@ def slots(module: nn.Module) -> list[Slot] | None:
 def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
     """What `graph` does with the attribute `name`, as a slot."""
     try:
-        uses = uses_of(graph, name)
+        uses = uses_of(graph, name, weight.shape)
     except NotALinearMap as error:
         return Slot(name, refusal=error.reason)
     if not uses:
@@ -89,23 +92,6 @@ def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
     )
 
 
-class _Shallow(fx.Tracer):
-    """Enters the root's own code only: what submodules do is theirs."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
-    """Trace the original forward of `module`, whatever class it has now."""
-    hosted = type(module)
-    module.__class__ = original_class(module)
-    try:
-        return _Shallow().trace(module, constants)
-    finally:
-        module.__class__ = hosted
-
-
 def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """A call's arguments as tensors and plain constants; anything else would be frozen into the trace, so it is
     refused.
@@ -114,15 +100,12 @@ def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[di
     tensors: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:
-        variadic = bound.signature.parameters[name].kind in (
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.VAR_KEYWORD,
-        )
+        variadic = _is_variadic(bound.signature.parameters[name])
         if variadic and not value:
             continue
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        elif not variadic and (value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))):
+        elif not variadic and isinstance(value, _PLAIN):
             constants[name] = value
         else:
             raise AdapterError(
@@ -136,7 +119,7 @@ def _sorted_out(cls: type[nn.Module], bound: inspect.BoundArguments) -> tuple[di
 def _compiled(module: nn.Module, constants: dict[str, Any]) -> Callable:
     cls = original_class(module)
     try:
-        graph = _trace(module, constants)
+        graph = trace(module, constants)
         insert_adapters(graph, module)
     except NotALinearMap as error:
         raise AdapterError(
@@ -147,7 +130,8 @@ def _compiled(module: nn.Module, constants: dict[str, Any]) -> Callable:
             f"{cls.__name__}.forward cannot be traced for this call ({_first_line(error)}); its raw parameters"
             " cannot be adapted"
         ) from error
-    drop_constants(graph, set(constants))
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    drop_constants(graph, [p.name for p in sorted(parameters, key=_is_variadic)], constants)
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<lrcompile: {cls.__name__}.forward>", "exec"), scope)
@@ -159,14 +143,26 @@ def _default_constants(cls: type[nn.Module]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def _is_variadic(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _plain_attributes(module: nn.Module) -> Any:
-    kinds = (int, float, str, bool, type(None))
-    return tuple((k, v) for k, v in vars(module).items() if isinstance(v, kinds))
+    return tuple((name, _plain(value)) for name, value in vars(module).items() if name not in _MACHINERY)
+
+
+def _plain(value: Any) -> Any:
+    """What of `value` code can branch on, with its type: True, 1 and 1.0 are equal and yet differ."""
+    if isinstance(value, dict):
+        return dict, tuple((key, _plain(each)) for key, each in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_plain, value))
+    return (type(value), value) if isinstance(value, _PLAIN) else None
 
 
 def _live(module: nn.Module) -> Any:
-    sets = module._modules["lrcompile_adapters"]
-    return tuple((slot, adapters.live_names()) for slot, adapters in sets._modules.items())  # type: ignore[union-attr,operator]
+    sets: Any = module._modules["lrcompile_adapters"]
+    return tuple((slot, name, sets[slot][name].probability) for slot in sets for name in sets[slot].live_names())
 
 
 def _first_line(error: BaseException) -> str:
