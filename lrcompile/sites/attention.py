@@ -172,8 +172,8 @@ def _check(
 ) -> None:
     if not keeps_forward(module, nn.MultiheadAttention):
         raise AdapterError(
-            f"{original_class(module).__name__} has a forward of its own, through which no adapter can act; exclude its"
-            " out_proj from the targets"
+            f"{original_class(module).__name__} has a forward of its own, which may read the weight of out_proj past"
+            " its adapters; exclude that out_proj from the targets"
         )
     if query.is_nested or key.is_nested or value.is_nested:
         raise AdapterError(

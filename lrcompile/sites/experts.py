@@ -179,4 +179,3 @@ def _written_forward(module: nn.Module) -> Any:
         if "forward" in cls.__dict__ and not issubclass(cls, Host):
             return cls.__dict__["forward"] if inspect.isfunction(cls.__dict__["forward"]) else None
     return None
-
