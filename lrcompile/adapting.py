@@ -21,7 +21,7 @@ from lrcompile.recipes.initialisers import initialise
 from lrcompile.sites.bypass import mixin_for
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
-from lrcompile.state import State, all_sites, has_state, require_name, set_state, state_of
+from lrcompile.state import State, all_sites, has_state, require_name, require_settled, set_state, state_of
 from lrcompile.switching import activate as activate
 from lrcompile.switching import disabled as disabled
 from lrcompile.switching import rewrite_graphs, set_training
@@ -62,6 +62,7 @@ def attach(model: nn.Module, spec: Spec, name: str, matched: Matched, *, trainab
     """Add the adapter `name` at the matched sites and make it the active one."""
     first = not has_state(model)
     state = State() if first else state_of(model)
+    require_settled(state, "apply")
     _check_name(state, name)
     if state.merged:
         raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
@@ -94,6 +95,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     A merged model is unmerged first. Raises `AdapterError` for a name that is not there.
     """
     state = state_of(model)
+    require_settled(state, "remove")
     names = list(state.specs) if name is None else [name]
     for each in names:
         require_name(state, each)

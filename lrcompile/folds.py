@@ -33,17 +33,20 @@ class Fold:
 def exchange(host: nn.Module, slot: str, new: Held) -> Held:
     """Put `new` in the place of the weight's content, which is returned; parameter objects keep their identity."""
     if is_nf4(host):
+        device = host.weight_codes.device  # type: ignore[union-attr]
         old = Held(codes=(codes_of(host), layout_of(host)))
         data = new.data if new.data is not None else host.weight_codes.new_empty(0)  # type: ignore[operator,union-attr]
-        detach(host, nn.Parameter(data.to(host.weight_codes.device), requires_grad=False))  # type: ignore[union-attr,arg-type]
+        detach(host, nn.Parameter(data.to(device), requires_grad=False))  # type: ignore[arg-type]
     else:
         parameter = host._parameters[slot]
         assert parameter is not None
+        device = parameter.device
         old = Held(data=parameter.data)
         if new.data is not None:
-            parameter.data = new.data.to(parameter.device)
+            parameter.data = new.data.to(device)
     if new.codes is not None:
-        attach(host, *new.codes)
+        codes, layout = new.codes
+        attach(host, Nf4(*(tensor if tensor is None else tensor.to(device) for tensor in codes)), layout)
     return old
 
 

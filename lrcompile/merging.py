@@ -16,7 +16,7 @@ from lrcompile.matching import owners_of_parameters
 from lrcompile.nf4_modules import Layout, codes_of, is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.sites.site import Site
-from lrcompile.state import State, adapter_set, all_sites, require_name, state_of
+from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of
 from lrcompile.switching import rewrite_graphs
 from lrcompile.tables import render
 from lrcompile.wrapping import refuse_wrapped
@@ -80,11 +80,14 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
     """
     refuse_wrapped(model, "merge")
     state = state_of(model)
+    require_settled(state, "merge")
     names = _names(state, name)
     if into not in _INTO:
         raise MergeError(f"into={into!r} is not valid: choose one of {', '.join(map(repr, _INTO))}")
     chosen = [site for site in all_sites(state) if any(each in adapter_set(model, site) for each in names)]
     _check_into(model, chosen, into)
+    if final:
+        _check_final(state, names)
     owners = owners_of_parameters(model)
     rows: list[FoldedSite] = []
     try:
@@ -108,6 +111,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the original bits of every weight back; the adapters act beside them again."""
     state = state_of(model)
+    require_settled(state, "unmerge")
     if not state.merged:
         raise MergeError("the model is not merged")
     _restore(model, state)
@@ -121,15 +125,19 @@ def finalize(model: nn.Module) -> nn.Module:
     from lrcompile.adapting import remove
 
     state = state_of(model)
-    if left := [name for name in state.active if name not in state.merged]:
-        raise MergeError(
-            f"adapter {left[0]!r} is active but not merged; merge all active adapters, or deactivate it, before"
-            " final=True"
-        )
+    _check_final(state, state.merged)
     state.folds, state.merged, state.untied_config = {}, (), False
     state.trained.forget()
     remove(model)
     return model
+
+
+def _check_final(state: State, merged: Sequence[str]) -> None:
+    if left := [name for name in state.active if name not in merged]:
+        raise MergeError(
+            f"adapter {left[0]!r} is active but not merged; merge all active adapters, or deactivate it, before"
+            " final=True"
+        )
 
 
 def _names(state: State, name: str | None) -> tuple[str, ...]:
@@ -190,6 +198,8 @@ def _fold(
         adapters = adapter_set(model, site)
         delta = sum(adapters[name].delta(wide).to(before.device) for name in names if name in adapters)
         assert isinstance(delta, Tensor)
+        if not torch.isfinite(delta).all():
+            raise MergeError(f"the update at {site.name!r} holds values that are not finite; it was not merged")
         delta = delta.mT if site.transposed else delta
         start = before if new is None else new.start
         folded = (start.to(wide) + delta).to(dtype)

@@ -42,6 +42,8 @@ class State:
     dead: tuple[str, ...] | None = None
     """Tensors no gradient reached; None as long as nobody looked."""
     notes: list[str] = field(default_factory=list)
+    suspended: int = 0
+    """How many `disabled` blocks are open."""
 
 
 def state_of(model: nn.Module) -> State:
@@ -89,3 +91,9 @@ def adapter_tensors(model: nn.Module, state: State, name: str) -> Iterator[tuple
 def require_name(state: State, name: str) -> None:
     if name not in state.specs:
         raise AdapterError(f"there is no adapter {name!r}; there are: {', '.join(map(repr, state.specs))}")
+
+
+def require_settled(state: State, doing: str) -> None:
+    """Refuse to change what an open `disabled` block will put back when it ends."""
+    if state.suspended:
+        raise AdapterError(f"{doing} within lrcompile.disabled(model): leave the block first")

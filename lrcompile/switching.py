@@ -12,7 +12,7 @@ from lrcompile.errors import AdapterError, MergeError
 from lrcompile.folds import Held, exchange
 from lrcompile.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
-from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, state_of
+from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
 
 
 def activate(
@@ -24,11 +24,15 @@ def activate(
     weight that is no finite number, `MergeError` while merged.
     """
     state = state_of(model)
+    require_settled(state, "activate")
     chosen = _weights(adapters)
+    learning = None if train is None else tuple(_weights(train))
     for name, weight in chosen.items():
         require_name(state, name)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise AdapterError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+    for name in learning or ():
+        require_name(state, name)
     if state.merged:
         raise MergeError("the model is merged; call lrcompile.unmerge(model) before changing which adapters are active")
     state.trained.show(model, chosen)
@@ -42,8 +46,8 @@ def activate(
                 adapter.weight = chosen[name]
                 adapter.refill_scale()
     rewrite_graphs(model, all_sites(state))
-    if train is not None:
-        set_training(model, (train,) if isinstance(train, str) else tuple(train))
+    if learning is not None:
+        set_training(model, learning)
     return model
 
 
@@ -56,6 +60,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     shown = list(dict.fromkeys(state.trained.in_place.values()))
     folded = [(site, state.folds[site.name].base) for site in all_sites(state) if site.name in state.folds]
     merged: list[tuple[Site, Held]] = []
+    state.suspended += 1
     try:
         for adapters in sets:
             adapters.active = ()
@@ -65,6 +70,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         rewrite_graphs(model, all_sites(state))
         yield model
     finally:
+        state.suspended -= 1
         for site, held in merged:
             exchange(model.get_submodule(site.host), site.slot, held)
         for adapters, active in zip(sets, before, strict=True):
@@ -91,6 +97,8 @@ def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
 def _weights(adapters: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
     if isinstance(adapters, str):
         return {adapters: 1.0}
+    if not isinstance(adapters, Iterable):
+        raise AdapterError(f"expected the name of an adapter, several, or a mapping to weights, got {adapters!r}")
     return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
 
 
