@@ -16,7 +16,7 @@ PATIENCE = 100
 
 def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Look before the first step of `optimizer`; with layer drop, until every tensor was seen or patience ends."""
-    left = PATIENCE if _drops_layers(model) else 1
+    left = PATIENCE if drops_layers(model) else 1
 
     def look(*_: object) -> None:
         nonlocal left
@@ -59,7 +59,7 @@ def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [pair for name in state.training for pair in adapter_tensors(model, state, name) if pair[1].requires_grad]
 
 
-def _drops_layers(model: nn.Module) -> bool:
+def drops_layers(model: nn.Module) -> bool:
     holders = [getattr(model, "config", None), *model.modules()]
     return any(
         _probability(getattr(holder, key, 0)) > 0

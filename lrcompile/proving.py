@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import TargetError
-from lrcompile.liveness import dead_message, dead_names
+from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
+from lrcompile.matching import owners_of_parameters
+from lrcompile.nf4_modules import is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 
@@ -26,11 +28,15 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
     """
     state = state_of(model)
     with _probing(model, name):
-        _run(model.train(), example_inputs, backward=True)
-        state.dead = tuple(dead_names(model))
-        if state.dead:
+        _set_mode(model, True)
+        for seed in range(PATIENCE if drops_layers(model) else 1):
+            _run(model, example_inputs, backward=True, seed=seed)
+            state.dead = tuple(dead_names(model))
+            if not state.dead:
+                break
+        else:
             raise TargetError(dead_message(state.dead))
-        model.eval()
+        _set_mode(model, False)
         if state.sites[name][0].graph is None and any(
             "weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]
         ):
@@ -61,7 +67,9 @@ def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Te
     sets = [adapter_set(model, site) for site in chosen]
     hosts = [model.get_submodule(site.host) for site in chosen]
     weights = [model.get_parameter(site.parameter) for site in chosen]
+    kept = [weight.data for weight in weights]
     before = [adapters.active for adapters in sets]
+    owners = owners_of_parameters(model)
     try:
         for adapters in sets:
             adapters.active = tuple(other for other in adapters.active if other != name)
@@ -69,13 +77,15 @@ def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Te
         off = _run(model, example_inputs)
         for site, host, adapters, weight in zip(chosen, hosts, sets, weights, strict=True):
             delta = adapters[name].delta(torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
-            folded = weight.detach() + (delta.mT if site.transposed else delta)
-            # a parameter of its own, as `merge` would give it: what else shares the weight must keep it
-            host._parameters[site.slot] = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+            folded = (weight.detach() + (delta.mT if site.transposed else delta)).to(weight.dtype)
+            if len(owners[id(weight)]) > 1:  # as `merge`: what else shares the weight keeps it
+                host._parameters[site.slot] = nn.Parameter(folded, requires_grad=False)
+            else:
+                weight.data = folded
         merged = _run(model, example_inputs)
     finally:
-        for site, host, weight, adapters, active in zip(chosen, hosts, weights, sets, before, strict=True):
-            host._parameters[site.slot], adapters.active = weight, active
+        for site, host, weight, data, adapters, active in zip(chosen, hosts, weights, kept, sets, before, strict=True):
+            weight.data, host._parameters[site.slot], adapters.active = data, weight, active
         rewrite_graphs(model, chosen)
     error = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, merged, strict=True))
     effect = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, off, strict=True))
@@ -90,6 +100,8 @@ def _probing(model: nn.Module, name: str) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     factors = [(tensor, tensor.detach().clone()) for _, tensor in adapter_tensors(model, state, name)]
+    buffers = [(module, name, b, b.clone()) for module in model.modules() if not is_nf4(module)
+               for name, b in module._buffers.items() if b is not None]  # fmt: skip
     devices = sorted({t.device.index for t, _ in factors if t.device.type == "cuda" and t.device.index is not None})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -104,16 +116,25 @@ def _probing(model: nn.Module, name: str) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in factors:
                     tensor.copy_(value)
+                for module, buffer_name, buffer, value in buffers:
+                    module._buffers[buffer_name] = buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for module, mode in modes:
                 module.training = mode
 
 
-def _run(model: nn.Module, example_inputs: Any, *, backward: bool = False) -> list[Tensor]:
+def _set_mode(model: nn.Module, training: bool) -> None:
+    try:
+        model.train(training)
+    except NotImplementedError:  # the module of an exported program: its mode was fixed when it was captured
+        return
+
+
+def _run(model: nn.Module, example_inputs: Any, *, backward: bool = False, seed: int = 0) -> list[Tensor]:
     inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs)
     with torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
         if backward:
