@@ -42,7 +42,13 @@ def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Mat
     targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")
     if not allow_high_rank:
         _check_ranks(spec, hit)
-    return Matched(tuple(hit), tuple(spared), _trained_names(model, spec, hit), tuple(_tie_notes(model, hit)))
+    trained = _trained_names(model, spec, hit)
+    if both := [site.name for site in hit if site.parameter in trained]:
+        raise TargetError(
+            f"{both[0]!r} is both a target and trained in full (train_modules); choose one: adapt it, or train it",
+            field="train_modules",
+        )
+    return Matched(tuple(hit), tuple(spared), trained, tuple(_tie_notes(model, hit)))
 
 
 def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:

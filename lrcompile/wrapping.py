@@ -32,6 +32,7 @@ def _wrapper(module: nn.Module) -> str | None:
         if origin == "torch._dynamo.eval_frame.OptimizedModule":
             return "torch.compile"
         if cls.__name__ in (
+            "DataParallel",
             "DistributedDataParallel",
             "FullyShardedDataParallel",
             "FSDPModule",

@@ -22,9 +22,9 @@ def find(model: nn.Module) -> list[Site]:
     """Every site of `model` in module order, those that cannot be adapted included (with their `refusal`)."""
     sites: list[Site] = []
     aliases = _aliases(model)
-    inside: tuple[str, ...] = ()
+    graphs: dict[str, set[str]] = {}
     for host, module in model.named_modules():
-        if ADAPTERS in host.split(".") or (host.startswith(inside) and inside):
+        if ADAPTERS in host.split(".") or any(_is_read(host, *each) for each in graphs.items()):
             continue
         for kind in KINDS:
             slots = kind.slots(module)
@@ -32,9 +32,15 @@ def find(model: nn.Module) -> list[Site]:
                 continue
             sites += _named(kind.NAME, host, slots, aliases.get(id(module), ()))
             if kind is graph:
-                inside = (*inside, f"{host}." if host else "")
+                graphs[f"{host}." if host else ""] = graph.called(module)
             break
     return sites
+
+
+def _is_read(host: str, graph: str, called: set[str]) -> bool:
+    """Does `host` only hold what the graph module of this prefix reads, without ever being called?"""
+    parts = host.removeprefix(graph).split(".")
+    return host.startswith(graph) and not any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
 
 
 def _named(kind: str, host: str, slots: list[Slot], aliases: tuple[str, ...]) -> Iterator[Site]:

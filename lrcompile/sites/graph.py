@@ -21,3 +21,9 @@ def slots(module: nn.Module) -> list[Slot] | None:
         if name in parameters and parameters[name].dim() >= 2 and "lrcompile_adapters" not in name.split("."):
             found.append(slot_of(module.graph, name, parameters[name]))
     return found
+
+
+def called(module: nn.Module) -> set[str]:
+    """The submodules that the graph calls: they are sites of their own kinds."""
+    assert isinstance(module, fx.GraphModule)
+    return {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
