@@ -28,6 +28,8 @@ class Row:
     """
     reason: str
     """Why it is not adapted, or what else is to be said."""
+    added: int = 0
+    """Numbers that adapters add here."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Report:
         rows = [row for row in self.sites if row.adapted]
         figure = Figure(figsize=(9, max(2.0, 0.22 * len(rows) + 1)), layout="constrained")
         axes = figure.add_subplot()
-        numbers = [(row.rank or 0) * (row.in_features + row.out_features) for row in rows]
+        numbers = [row.added for row in rows]
         axes.barh([row.name for row in rows], numbers, color=["tab:red" if row.dead else "tab:blue" for row in rows])
         axes.invert_yaxis()
         axes.set_xlabel("trainable numbers (red: no gradient reaches it)")
@@ -94,7 +96,15 @@ def report(model: nn.Module) -> Report:
             own = adapter_set(model, site)[adapter]
             copies = f"{site.copies} copies" if site.copies else ""
             rows[site.name] = Row(
-                site.name, site.kind, site.in_features, site.out_features, own.rank, True, lies, copies
+                site.name,
+                site.kind,
+                site.in_features,
+                site.out_features,
+                own.rank,
+                True,
+                lies,
+                copies,
+                added=sum(p.numel() for p in adapter_set(model, site).parameters()),
             )
     for spared in state.spared.values():
         for site, why in spared:

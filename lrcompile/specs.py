@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,9 @@ SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 INITS = ("kaiming", "gaussian", "orthogonal")
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_LARGEST = sys.float_info.max
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127  # float32's normal numbers
 
 
 def scale_of(scaling: str, rank: int, alpha: float) -> float:
@@ -65,14 +69,16 @@ class Spec:
         put("alpha", _number("alpha", self.alpha, "a finite number above 0", lambda v: v > 0))
         put("dropout", _number("dropout", self.dropout, "a number in [0, 1)", lambda v: 0 <= v < 1))
         put("targets", _names("targets", self.targets))
-        put("exclude", _names("exclude", self.exclude or ()))
-        put("train_modules", _list("train_modules", self.train_modules or ()))
+        put("exclude", _names("exclude", () if self.exclude is None else self.exclude))
+        put("train_modules", _list("train_modules", () if self.train_modules is None else self.train_modules))
         if not self.targets:
             raise SpecError(
                 "targets is empty: give name suffixes, a regular expression, or 'all-linear'", field="targets"
             )
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+            if not isinstance(layers, (list, tuple, range)):
+                raise SpecError(f"layers must be a layer index or a list of them, got {layers!r}", field="layers")
             put("layers", tuple(_integer("layers", index, 0) for index in layers))
         put("rank_pattern", {k: _integer("rank_pattern", v, 1) for k, v in _mapping("rank_pattern", self.rank_pattern)})
         positive = ("a finite number above 0", lambda v: v > 0)
@@ -87,6 +93,8 @@ class Spec:
             _choice("dtype", self.dtype, DTYPES)
         if self.seed is not None:
             put("seed", _integer("seed", self.seed, 0))
+            if self.seed >= 2**63:
+                raise SpecError(f"seed must be below 2**63, got {self.seed}", field="seed")
         put("options", self._checked_options(method.options))
 
     def _checked_options(self, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +122,11 @@ class Spec:
         return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_hits(key, site)), self.alpha)
 
     def scale_of(self, site: str) -> float:
-        return scale_of(self.scaling, self.rank_of(site), self.alpha_of(site))
+        """s at this site; `SpecError` where float32, in which adapters keep it, has no such number."""
+        scale = scale_of(self.scaling, self.rank_of(site), self.alpha_of(site))
+        if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
+            raise SpecError(f"alpha gives a scale of {scale:.3g} at {site!r}, which float32 cannot hold", field="alpha")
+        return scale
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; `Spec.from_dict` gives an equal spec back."""
@@ -142,7 +154,7 @@ class Spec:
 
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad bytes, dates and numbers are ValueErrors
             raise SpecError(f"{path} is neither YAML nor JSON: {error}", field="method") from error
         return cls.from_dict(data)
 
@@ -208,7 +220,8 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _number(name: str, value: Any, expected: str, valid: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not valid(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if not number or not valid(value):
         raise SpecError(f"{name} must be {expected}, got {value!r}", field=name)
     return float(value)
 
@@ -219,16 +232,15 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _list(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
+    listed = isinstance(value, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(entry, str) and entry for entry in value):
         raise SpecError(f"{name} must be a list of names, got {value!r}", field=name)
-    return tuple(value)
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
 
 
 def _names(name: str, value: Any) -> str | tuple[str, ...]:
     if not isinstance(value, str):
-        if not isinstance(value, (list, tuple, set, frozenset)):
-            raise SpecError(f"{name} must be a list of names or a regular expression, got {value!r}", field=name)
-        return _list(name, sorted(value) if isinstance(value, (set, frozenset)) else value)
+        return _list(name, value)
     try:
         re.compile(value)
     except re.error as error:

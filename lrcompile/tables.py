@@ -22,7 +22,7 @@ def render(
     for row in cells:
         table.add_row(*row)
     out = StringIO()
-    Console(file=out, width=10_000, color_system=None, highlight=False, markup=False).print(table)
+    Console(file=out, width=10_000, color_system=None, highlight=False, markup=False, emoji=False).print(table)
     body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
     return "\n".join(part for part in (title, body, *(f"· {note}" for note in notes)) if part)
 

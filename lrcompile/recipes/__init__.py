@@ -34,7 +34,7 @@ def methods() -> tuple[str, ...]:
 
 def recipe(name: str) -> Recipe:
     """The recipe called `name`; `SpecError` naming the nearest ones otherwise."""
-    if name in _BUILT_IN:
+    if isinstance(name, str) and name in _BUILT_IN:
         found = import_module(_BUILT_IN[name]).RECIPE
     elif isinstance(name, str) and name in _plugins():
         found = _plugins()[name].load()

@@ -12,7 +12,7 @@ RECIPE = Recipe(
     paper="2305.14314",
     form="lrcompile.adapters:LoraAdapter",
     options={
-        "block_size": Option(64, lambda v: v in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+        "block_size": Option(64, lambda v: isinstance(v, int) and v in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
         "double_quant": Option(True, lambda v: isinstance(v, bool), "true or false"),
         "compute_dtype": Option("bfloat16", lambda v: v in COMPUTE_DTYPES, f"one of {COMPUTE_DTYPES}"),
         "keep_base": Option(None, lambda v: v in (None, "cpu"), "None, or 'cpu' to make quantizing reversible"),
