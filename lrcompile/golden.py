@@ -8,7 +8,6 @@ tolerance has to fit another machine, and neither side may drift.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from lrcompile.golden_files import (
     unpack,
     write_case,
 )
-from lrcompile.golden_models import describe, differing, furnish, rebuild, tensors_of
+from lrcompile.golden_models import built, describe, differing, furnish, rebuild, tensors_of
 from lrcompile.outputs import Inputs, input_sets
 from lrcompile.runners import ModuleRunner
 from lrcompile.verdict import Limits, Verdict
@@ -50,18 +49,18 @@ def record(
 ) -> None:
     """Store weights, configuration, `inputs` and the eager outputs of `model` as the case folder `path`, atomically.
 
-    `pipeline` names passes (`"merge,fold"`) to run on the captured model at each check. Adapters and NF4 layers of ours
-    are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes one), a missing
-    reason, or an input or setting that has no plain form.
+    `pipeline` names passes (`"merge-lora,expand-lora"`) to run on the captured model at each check. Adapters and NF4
+    layers of ours are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes
+    one), a missing reason, or an input or setting that has no plain form.
     """
     folder = Path(path)
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise VerificationError(f"{folder} exists; golden.update changes a case, and says what changed")
     _write(folder, model, input_sets(inputs), _stated(reason), pipeline, limits or Limits(), limits_reason, [])
 
 
 def check(path: str | os.PathLike[str], model: nn.Module | None = None, *, build: str | None = None) -> list[Verdict]:
-    """One verdict a case: are the recorded outputs, and those computed now, within r·D of float64?
+    """One verdict a case, and one for its pipeline: do the recorded outputs and those computed now lie within r·D?
 
     `path` is a case or a folder of cases. A `transformers` case is rebuilt from its configuration; for others give
     `model`, judged as it is, or `build="package.module:function"`, called for a model that gets the stored tensors. A
@@ -70,7 +69,7 @@ def check(path: str | os.PathLike[str], model: nn.Module | None = None, *, build
     """
     if model is not None and build is not None:
         raise VerificationError("give model or build, not both")
-    return [_check(folder, model, build) for folder in cases(path)]
+    return [verdict for folder in cases(path) for verdict in _check(folder, model, build)]
 
 
 def update(
@@ -99,15 +98,15 @@ def update(
             raise VerificationError(f"{folder}: {'; '.join(changed)}; restore it or record a new case")
     verdicts = []
     for folder, case in old.items():
-        verdict = _check(folder, model, build)
-        verdicts.append(verdict)
-        print(verdict)
+        found = _check(folder, model, build)
+        verdicts += found
+        print(*found, sep="\n")
         weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
         new = model if model is not None else _model(case, weights, build)
         entry = {
             "reason": reason,
-            "held": verdict.ok,
-            "drift": [[rung.name, str(rung.bound_ratio)] for rung in verdict.rungs],
+            "held": all(found),
+            "drift": [[rung.name, str(rung.bound_ratio)] for rung in found[0].rungs],
         }
         sets = [unpack(tree, data) for tree in case.inputs]
         kept = limits or Limits.from_dict(case.limits)
@@ -125,6 +124,10 @@ def _write(
     limits_reason: str,
     updates: list[dict[str, Any]],
 ) -> None:
+    if pipeline is not None:
+        from lrcompile import passes
+
+        passes.parse(pipeline)
     architecture, adapters, quantization = describe(model)
     outputs = [ModuleRunner(model).run(given) for given in sets]
     data: dict[str, Tensor] = {}
@@ -147,12 +150,12 @@ def _write(
     write_case(folder, case, tensors_of(model), data)
 
 
-def _check(folder: Path, model: nn.Module | None, build: str | None) -> Verdict:
+def _check(folder: Path, model: nn.Module | None, build: str | None) -> list[Verdict]:
     case = read_case(folder)
     limits = Limits.from_dict(case.limits)
     changed = changed_files(folder, case)
     if changed:
-        return _failed(folder, limits, changed)
+        return [_failed(folder, limits, changed)]
     weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
     now = model if model is not None else _model(case, weights, build)
     sets = [unpack(tree, data) for tree in case.inputs]
@@ -164,14 +167,14 @@ def _check(folder: Path, model: nn.Module | None, build: str | None) -> Verdict:
         ]
     except KeyError as error:
         raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
-    rungs: dict[str, Any] = {"recorded": _Recorded(recorded), "now": now}
     try:
-        if case.pipeline:
-            rungs["pipeline"] = _through_passes(now, sets, case.pipeline)
-        verdict = verify(now, rungs, sets, limits=limits)
+        verdict = verify(now, {"recorded": _Recorded(recorded), "now": now}, sets, limits=limits)
+        verdicts = [dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))]
+        if case.pipeline is not None:
+            verdicts.append(_through_passes(folder, now, sets, case.pipeline, limits))
     except LrcompileError as error:
-        return _failed(folder, limits, [f"it cannot be compared: {error}"])
-    return dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))
+        return [_failed(folder, limits, [f"it cannot be compared: {error}"])]
+    return verdicts
 
 
 class _Recorded:
@@ -188,27 +191,21 @@ class _Recorded:
 
 
 def _model(case: Case, weights: dict[str, Tensor], build: str | None) -> nn.Module:
-    if build is None:
-        return rebuild(case, weights)
-    module, _, function = build.partition(":")
-    if not module or not function:
-        raise VerificationError(f"build={build!r}: 'package.module:function' is expected")
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise VerificationError(f"build={build!r} cannot be called: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise VerificationError(f"build={build!r} returned a {type(made).__name__}, not a module")
-    return furnish(made, case, weights)
+    return rebuild(case, weights) if build is None else furnish(built(build), case, weights)
 
 
-def _through_passes(model: nn.Module, sets: list[Inputs], pipeline: str) -> nn.Module:
+def _through_passes(folder: Path, model: nn.Module, sets: list[Inputs], pipeline: str, limits: Limits) -> Verdict:
+    """The captured model after the passes, allowed what the approximate ones among them declare."""
     from lrcompile import passes
     from lrcompile.capture import capture
+    from lrcompile.passes.base import Program
 
-    graph = capture(model, sets[0]).program.module()
-    passes.run(graph, pipeline)
-    return graph
+    chosen = passes.parse(pipeline)
+    program = Program(capture(model, sets[0]).program, model)
+    chosen.run(program)
+    declared = limits.declared_error + sum(each.tolerance for each in chosen)
+    verdict = verify(model, program.module(), sets, limits=dataclasses.replace(limits, declared_error=declared))
+    return dataclasses.replace(verdict, name=f"{folder} through {pipeline}")
 
 
 def _note(case: Case, now: nn.Module, weights: dict[str, Tensor], verdict: Verdict) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -48,6 +49,21 @@ def rebuild(case: Case, tensors: Mapping[str, Tensor]) -> nn.Module:
             "give model=, or build='package.module:function'"
         )
     return furnish(_transformers_model(model, tensors), case, tensors)
+
+
+def built(build: str) -> nn.Module:
+    """What the caller's own `package.module:function` returns."""
+    module, _, function = build.partition(":")
+    if not module or not function:
+        raise VerificationError(f"build={build!r}: 'package.module:function' is expected")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise VerificationError(f"build={build!r} cannot be found: {error}") from error
+    made = found() if callable(found) else found
+    if not isinstance(made, nn.Module):
+        raise VerificationError(f"build={build!r} returned a {type(made).__name__}, not a module")
+    return made
 
 
 def furnish(model: nn.Module, case: Case, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -162,6 +178,7 @@ def _transformers_model(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
     if not isinstance(kind, str) or name not in _known_classes(kind) or attention not in (None, *_ATTENTION):
         raise VerificationError(f"transformers knows no {name!r} of type {kind!r} with attention {attention!r}")
     _refuse_remote(stored["config"])
+    invalid = require("huggingface_hub.errors", "hf").StrictDataclassError
     settings = {key: value for key, value in stored["config"].items() if key != "model_type"}
     dtypes = {value.dtype for key, value in tensors.items() if key.startswith("base/") and value.is_floating_point()}
     try:
@@ -174,7 +191,7 @@ def _transformers_model(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
                 blank = cls(config)
             _check_sizes(blank, tensors)
             model = cls(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+    except (invalid, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise VerificationError(f"the stored configuration gives no {name}: {error}") from error
     return model.to(next(iter(dtypes))) if len(dtypes) == 1 else model
 

@@ -132,12 +132,14 @@ def _hooks(module: nn.Module, recorder: Callable[[str], Callable[..., None]]) ->
 
 
 def _single(output: Any) -> Tensor | None:
-    """The floating tensor that stands for a module's output: the first, as in (hidden, weights); copied, lest it be
-    written over.
+    """The one floating tensor that is a module's output, as in (hidden, None); copied, lest it be written over.
+
+    Of several none is taken: in a flat graph nothing says which of the values that leave the scope is which.
     """
-    first = next(iter(output.values()), None) if isinstance(output, dict) else output
-    first = first[0] if isinstance(first, list | tuple) and first else first
-    return first.detach().clone() if isinstance(first, Tensor) and first.is_floating_point() else None
+    parts = list(output.values()) if isinstance(output, dict) else output
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return tensors[0].detach().clone() if len(tensors) == 1 and tensors[0].is_floating_point() else None
 
 
 def _run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str]) -> dict[str, Tensor]:
