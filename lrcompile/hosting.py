@@ -7,7 +7,6 @@ working. A generated class has no importable name, so instances rebuild through 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -27,16 +26,22 @@ class Host:
         return (_rebuild, (mixins, original), *reduced[2:])
 
 
-@cache
+_generated: dict[tuple[type[Host], type[nn.Module]], type[nn.Module]] = {}
+
+
 def host_class(mixin: type[Host], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `original` whose forward is `mixin`'s; the same class each time it is asked for."""
+    key = (mixin, original)
+    if key in _generated:
+        return _generated[key]
     body = {
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "_lrcompile_original": original,
         "_lrcompile_mixin": mixin,
     }
-    return type(f"{mixin.__name__}{original.__name__}", (mixin, original), body)
+    _generated[key] = type(f"{mixin.__name__}{original.__name__}", key, body)
+    return _generated[key]
 
 
 def stack(cls: type[nn.Module]) -> tuple[list[type[Host]], type[nn.Module]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +94,12 @@ def test_backward_keeps_the_codes_and_nothing_else():
     out, inp = 96, 160
     nf4, _ = _stored(out=out, inp=inp)
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = _randn(50, inp).requires_grad_()
         op(x, *nf4, _randn(out).requires_grad_(), out, inp, BLOCK, False, torch.float32)
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in saved}
@@ -145,7 +152,7 @@ def net():
     return _Net()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_and_eager_agree_with_and_without_autocast(net, backend, autocast):
     def inside(x):
@@ -181,7 +188,7 @@ def test_autocast_leaves_float64_alone():
     torch.testing.assert_close(y, x @ weight.T, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_other_batch_sizes_recompile_once_at_most(net, backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
@@ -218,7 +225,8 @@ def test_a_captured_graph_decomposes_into_torchs_own_ops_with_the_same_bits(net)
 def test_the_plain_form_agrees_in_value_and_gradient(transposed):
     nf4, _ = _stored(transposed)
     results = []
-    for f in (op, nf4_linear_aten):
+    forms: tuple[Any, ...] = (op, nf4_linear_aten)
+    for f in forms:
         x, bias = _randn(2, 3, IN).requires_grad_(), _randn(OUT).requires_grad_()
         y = f(x, *nf4, bias, OUT, IN, BLOCK, transposed, torch.float32)
         y.square().sum().backward()

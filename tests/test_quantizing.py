@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lrcompile.errors import AdapterError, SpecError, TargetError
 from lrcompile.hosting import Host, swap
 from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
 from lrcompile.nf4_modules import attach, codes_of, detach, layout_of
-from lrcompile.quantizing import dequantize, is_nf4, nf4_weight, quantization_of, quantize
+from lrcompile.quantizing import Quantization, dequantize, is_nf4, nf4_weight, quantization_of, quantize
 from lrcompile.sites.linear import AdaptedLinear
 from lrcompile.state import State, set_state
 
@@ -41,6 +42,12 @@ def net():
 
 
 X = torch.randn(3, 4, 13, generator=torch.Generator().manual_seed(1))
+
+
+def _done(model) -> Quantization:
+    done = quantization_of(model)
+    assert done is not None
+    return done
 
 
 def _bits(model):
@@ -71,7 +78,7 @@ def _double(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_linear_map_becomes_codes_and_computes_with_them(dtype, double_quant):
     torch.manual_seed(0)
-    model = Net(dtype)
+    model: Any = Net(dtype)
     expected = {
         name: quantize_nf4(model.get_submodule(name).weight, 32, double_quant) for name in ("up", "inner.0", "down")
     }
@@ -83,13 +90,13 @@ def test_each_linear_map_becomes_codes_and_computes_with_them(dtype, double_quan
         assert "weight" not in dict(module.named_parameters())
         for buffer, tensor in zip(BUFFERS, nf4, strict=True):
             held = getattr(module, buffer)
-            assert (held is None and tensor is None) or torch.equal(held, tensor)
+            assert held is tensor if tensor is None else torch.equal(held, tensor)
     y = model(X.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(
         y.double(), _double(model)(X.to(dtype).double()), rtol=0, atol=40 * torch.finfo(dtype).eps
     )
-    assert set(quantization_of(model).quantized) == set(expected)
+    assert set(_done(model).quantized) == set(expected)
     assert "nf4(block_size=32" in repr(model.up)
 
 
@@ -107,15 +114,16 @@ def test_compute_dtype_is_where_the_product_is_formed(net):
     assert low(X).dtype == torch.float32
     error = (low(X) - quantize(net)(X)).abs().max()
     assert 2**-14 < error < 2**-4
-    assert quantize(Net(), compute_dtype=torch.float16).up.extra_repr().endswith("compute_dtype=torch.float16)")
+    up: Any = quantize(Net(), compute_dtype=torch.float16).get_submodule("up")
+    assert up.extra_repr().endswith("compute_dtype=torch.float16)")
 
 
 def test_gradients_reach_the_bias_and_the_input_and_no_weight(net):
     quantize(net)
-    x = X.clone().requires_grad_()
+    x: Any = X.clone().requires_grad_()
     net(x).square().sum().backward()
-    dense = _double(net)
-    x64 = X.double().requires_grad_()
+    dense: Any = _double(net)
+    x64: Any = X.double().requires_grad_()
     dense(x64).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net.up.bias.grad.double(), dense.up.bias.grad, rtol=1e-4, atol=1e-4)
@@ -136,7 +144,7 @@ def test_a_cast_changes_what_the_weight_answers_in_and_not_a_bit_of_it(net, cast
 
 def test_double_gives_true_float64(net):
     quantize(net)
-    dense = _double(net)
+    dense: Any = _double(net)
     torch.testing.assert_close(net.double()(X.double()), dense(X.double()), rtol=0, atol=1e-14)
 
 
@@ -172,13 +180,13 @@ def test_the_state_dict_round_trips_and_the_wrong_storage_form_is_refused(net):
 
 class Doubled(Host):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return 2 * super().forward(x)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("above", [False, True])
 def test_deepcopy_and_a_fresh_process_rebuild_the_generated_class(tmp_path, above):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(13, 37), nn.ReLU(), nn.Linear(37, 5))
+    model: Any = nn.Sequential(nn.Linear(13, 37), nn.ReLU(), nn.Linear(37, 5))
     quantize(model, keep_base="cpu")
     if above:
         swap(model[0], AdaptedLinear)
@@ -198,7 +206,7 @@ def test_deepcopy_and_a_fresh_process_rebuild_the_generated_class(tmp_path, abov
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_quantized_model_compiles_whole_and_trains_alike(net, backend):
     torch._dynamo.reset()
     quantize(net)
@@ -232,14 +240,15 @@ def test_hooks_names_and_training_flags_stay(net):
 
 
 def test_dequantize_returns_every_bit_where_the_base_was_kept(net):
-    net.down.weight.requires_grad_(False)
+    down = net.down
+    down.weight.requires_grad_(False)
     before, y = _bits(net), net(X)
     quantize(net, keep_base="cpu")
     assert not torch.equal(net(X), y)
     assert dequantize(net) is net
     _same(before, _bits(net))
     assert torch.equal(net(X), y)
-    assert not net.down.weight.requires_grad
+    assert not down.weight.requires_grad
     assert quantization_of(net) is None
 
 
@@ -263,7 +272,7 @@ def test_attach_and_detach_work_beneath_another_generated_class(net):
     plain = net.up(X)
     weight = net.up.weight
     nf4 = quantize_nf4(weight, 64)
-    quantize(other := Net())
+    other: Any = quantize(Net())
     attach(net.up, nf4, layout_of(other.up))
     assert [cls.__name__ for cls in type(net.up).__mro__[:2]] == ["DoubledNf4LinearLinear", "Doubled"]
     torch.testing.assert_close(net.up(X), 2 * nn.functional.linear(X, net.up.weight, net.up.bias))
@@ -274,11 +283,11 @@ def test_attach_and_detach_work_beneath_another_generated_class(net):
 
 def test_the_parents_of_torch_that_read_weights_stay_right():
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
+    layer: Any = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
     quantize(layer)
     assert is_nf4(layer.linear1)
     assert not is_nf4(layer.self_attn.out_proj)
-    assert "MultiheadAttention" in quantization_of(layer).spared["self_attn.out_proj"]
+    assert "MultiheadAttention" in _done(layer).spared["self_attn.out_proj"]
     x = torch.randn(2, 3, 16)
     ordinary = layer(x.clone().requires_grad_())
     with torch.no_grad():
@@ -295,7 +304,7 @@ def test_conv1d_of_transformers_is_stored_as_it_lies():
     quantize(model)
     assert is_nf4(fc)
     assert not is_nf4(model.lm_head)
-    assert "lm_head" in quantization_of(model).spared
+    assert "lm_head" in _done(model).spared
     assert torch.equal(fc.weight, dequantize_nf4(quantize_nf4(dense), (24, 96), 64))
     assert nf4_weight(fc).shape == (96, 24)
     torch.testing.assert_close(fc(x), x @ fc.weight + fc.bias, rtol=1e-5, atol=1e-5)
@@ -337,7 +346,7 @@ def test_what_cannot_be_stored_is_spared_by_all_linear_and_refused_by_name(net, 
         quantize(net, targets=[name])
     _same(before, _bits(net))
     quantize(net)
-    assert name in quantization_of(net).spared
+    assert name in _done(net).spared
     assert is_nf4(net.down)
 
 
@@ -420,8 +429,9 @@ def test_options_out_of_range_name_the_field(net, field, options):
 
 
 def test_wrapped_adapted_and_merged_models_are_refused_with_the_right_order(net):
+    wrapped: Any = torch.compile(net)
     with pytest.raises(AdapterError, match=r"torch\.compile"):
-        quantize(torch.compile(net))
+        quantize(wrapped)
     net.up.lrcompile_adapters = nn.ModuleDict()
     with pytest.raises(TargetError, match="quantize before apply"):
         quantize(net, targets=["up"])
