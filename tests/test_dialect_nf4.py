@@ -277,3 +277,16 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(change, m
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     with pytest.raises(RuntimeError, match=message):
         op(**moved)
+
+
+def test_tables_first_met_in_inference_mode_serve_training_too():
+    from lrcompile import dialect_nf4
+
+    dialect_nf4._tables.cache_clear()
+    nf4, _ = _stored()
+    x = _randn(3, IN).requires_grad_()
+    with torch.inference_mode():
+        y = op(x, *nf4, None, OUT, IN, BLOCK, False, torch.float32)
+    z = op(x, *nf4, None, OUT, IN, BLOCK, False, torch.float32)
+    z.sum().backward()
+    assert torch.equal(y, z)
