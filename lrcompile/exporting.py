@@ -68,7 +68,7 @@ def export(
     vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight
     while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
     one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
-    linear maps of the exported copy as NF4. `opset`: 18 to 26.
+    linear maps of the exported copy as NF4. `opset`: 18 to 25.
 
     The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
     appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.

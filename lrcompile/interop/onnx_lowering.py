@@ -24,7 +24,7 @@ from lrcompile.errors import ExportError
 from lrcompile.folding import Recipe
 from lrcompile.interop.onnx_nf4 import expand_absmax, translation
 
-OPSETS = range(18, 27)  # below torch's translations start, above ONNX Runtime 1.31 refuses to load
+OPSETS = range(18, 26)  # torch's translations start at 18, and its converter has no way to 26
 DEFAULT_OPSET = 20
 _LOWEST_IR, _HIGHEST_IR = 10, 13
 _LARGE = 1024  # elements; smaller tensors are constants rather than weights and may be folded
@@ -53,6 +53,10 @@ def lower(captured: Captured, recipes: Mapping[str, Recipe], opset: int | None =
             raise ExportError(f"the captured program has no ONNX form: {error.__cause__ or error}") from error
     assert lowered is not None  # only the old exporter returns None
     model = lowered.model
+    if model.opset_imports.get("") != opset:  # torch only logs that its conversion failed
+        raise ExportError(
+            f"the model's operations cannot be expressed in opset {opset}; try the default, {DEFAULT_OPSET}"
+        )
     _install(model, recipes)
     _fold_transposes(model)
     protected = {
