@@ -63,10 +63,12 @@ def require_patterns(names: Iterable[str], patterns: Mapping[str, object], field
 
 
 def in_layers(name: str, layers: Sequence[int] | None) -> bool:
-    """PEFT's `layers_to_transform`: the last number between dots in the name is one of `layers`."""
+    """PEFT's `layers_to_transform`: the first number between dots in the name is one of `layers` (a later
+    one counts experts).
+    """
     if layers is None:
         return True
-    found = re.match(r".*\.[^.]*\.(\d+)\.", f"..{name}.")
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", f"..{name}.")
     return found is not None and int(found.group(1)) in layers
 
 
