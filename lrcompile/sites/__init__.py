@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from lrcompile.hosting import Host
 from lrcompile.sites import attention, embedding, experts, graph, linear, parameter
+from lrcompile.sites.bypass import refusal_below
 from lrcompile.sites.site import Site, Slot
 
 ADAPTERS = "lrcompile_adapters"
@@ -23,13 +25,18 @@ def find(model: nn.Module) -> list[Site]:
     sites: list[Site] = []
     aliases = _aliases(model)
     graphs: dict[str, set[str]] = {}
+    opaque: dict[str, str] = {}
     for host, module in model.named_modules():
+        if reason := refusal_below(module):
+            opaque[f"{host}." if host else ""] = reason
         if ADAPTERS in host.split(".") or any(_is_read(host, *each) for each in graphs.items()):
             continue
         for kind in KINDS:
             slots = kind.slots(module)
             if slots is None:
                 continue
+            if reason := next((why for prefix, why in opaque.items() if host.startswith(prefix)), None):
+                slots = [replace(slot, refusal=slot.refusal or reason) for slot in slots]
             sites += _named(kind.NAME, host, slots, aliases.get(id(module), ()))
             if kind is graph:
                 graphs[f"{host}." if host else ""] = graph.called(module)

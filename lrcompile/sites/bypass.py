@@ -11,8 +11,9 @@ from __future__ import annotations
 from torch import nn
 
 from lrcompile.adapters import AdapterSet
-from lrcompile.hosting import Host
+from lrcompile.hosting import Host, original_class
 from lrcompile.sites import attention
+from lrcompile.sites.linear import keeps_forward
 
 
 def _off_while_adapted(name: str) -> property:
@@ -44,6 +45,13 @@ class UnfusedEncoder(Host):
     """`nn.TransformerEncoder` that never converts to nested tensors."""
 
     use_nested_tensor = _off_while_adapted("use_nested_tensor")
+
+
+def refusal_below(module: nn.Module) -> str | None:
+    """Why no adapter below `module` can be trusted to act: a subclass whose own forward may read weights by attribute."""
+    if isinstance(module, nn.MultiheadAttention) and not keeps_forward(module, nn.MultiheadAttention):
+        return f"it lies in a {original_class(module).__name__}, whose own forward may read its weight past its adapters"
+    return None
 
 
 def mixin_for(module: nn.Module) -> type[Host] | None:
