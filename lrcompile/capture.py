@@ -52,7 +52,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         args, kwargs = _enlarge(args, kwargs)
     bound = _bind(model, args, kwargs)
     shapes = pytree.tree_map(_varying(bound), bound) if dynamic_shapes is None else None if static else dynamic_shapes
-    with _evaluation(model), _without_cache(model):
+    with _evaluation(model), deployable(model):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -136,20 +136,30 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+_DEPLOYABLE = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
+
+
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A key-value cache among the outputs is an object that no deployed graph can return."""
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+def deployable(model: nn.Module) -> Iterator[None]:
+    """With the settings of `transformers` configs that a graph needs, and their own ones again afterwards.
+
+    A key-value cache among the outputs is an object that no deployed graph can return; experts dispatched by a loop
+    over data, or through an opaque grouped product, have no form in one.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [
+        (config.__dict__, key, config.__dict__[key])
+        for config in configs.values()
+        for key in _DEPLOYABLE
+        if getattr(config, "__dict__", {}).get(key)
+    ]
     try:
-        for config in caching:
-            config.use_cache = False
+        for held, key, _ in before:
+            held[key] = _DEPLOYABLE[key]
         yield
     finally:
-        for config in caching:
-            config.use_cache = True
+        for held, key, value in before:
+            held[key] = value
 
 
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:

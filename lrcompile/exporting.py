@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrcompile.capture import Captured, Inputs, capture
+from lrcompile.capture import Captured, Inputs, capture, deployable
 from lrcompile.deploying import Deployed, Plan, deploy
 from lrcompile.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
 from lrcompile.errors import ExportError, require
@@ -44,10 +44,11 @@ class Export:
         from lrcompile.requantized import requantized
 
         inputs = self._inputs if inputs is None else inputs
-        if not self.manifest["quantize"]:
-            return lrcompile.verify(self._model, self.path, inputs)
-        merged = self.manifest["adapters"]["form"] == "merge"
-        return lrcompile.verify(requantized(self._model, self.manifest["nf4"], merged), self.path, inputs)
+        model = self._model
+        if self.manifest["quantize"]:
+            model = requantized(model, self.manifest["nf4"], self.manifest["adapters"]["form"] == "merge")
+        with deployable(model):  # what was captured is the model without a cache
+            return lrcompile.verify(model, self.path, inputs)
 
 
 def export(
@@ -109,9 +110,7 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "quantize": plan.quantize,
         "nf4": deployed.nf4,
         "base_sha256": fingerprint(model),
-        **limits(
-            bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored
-        ),
+        **limits(bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -166,11 +167,13 @@ def _forget_machine(model: ir.Model) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's notes about packages it does not need (torchvision)."""
+    """Without the exporter's notes about packages it does not need (torchvision) and about its own internals."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+            yield
     finally:
         logger.setLevel(level)

@@ -128,8 +128,11 @@ def _try(path: Path, session: Mapping[str, Any]) -> None:
         onnx.checker.check_model(str(path))
         OnnxRunner(path, session)
     except (onnx.checker.ValidationError, VerificationError) as error:
+        held = onnx.load(path, load_external_data=False).graph.initializer
+        hint = any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in held)
         raise ExportError(
             f"the exported model is not one that ONNX Runtime accepts, nothing was written: {error}"
+            + (". Its CPU kernels do not take bfloat16: export model.float()" if hint else "")
         ) from error
 
 
