@@ -146,7 +146,9 @@ def factors_of(model: nn.Module, pair: Pair, tensors: Mapping[str, Tensor]) -> t
             f"{pair.unit.site.name} is on the meta device; load the base's weights first, then the adapter"
         )
     A, B = unpack(model, pair.unit, tensors[pair.A], tensors[pair.B])
-    return A.contiguous().to(device), B.contiguous().to(device)
+    # copies: the file's buffer must not stay alive, and unaligned memory would round otherwise
+    own = lambda tensor: tensor.to(device, copy=True, memory_format=torch.contiguous_format)  # noqa: E731
+    return own(A), own(B)
 
 
 def refuse_other_base_values(

@@ -136,7 +136,20 @@ def settings_of(config: Any) -> dict[str, Any]:
                 f"PEFT's {key}={value!r} is not known here, so what it changes is not; merge the adapter with PEFT",
                 field=key,
             )
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(data.get(key), str):
+            _require_pattern(key, data[key])
+    for key in ("modules_to_save", "layers_pattern"):  # PEFT puts these names into regular expressions as they are
+        for entry in names_in(data, key):
+            _require_pattern(key, entry)
     return dict(data)
+
+
+def _require_pattern(key: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise SpecError(f"PEFT's {key}={text!r} is not a regular expression: {error}", field=key) from error
 
 
 def numbers_from_peft(data: Mapping[str, Any], *, trained: bool = False) -> dict[str, Any]:

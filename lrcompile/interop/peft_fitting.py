@@ -24,13 +24,14 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
     counterpart, `AdapterError` for targets that cannot be adapted here.
     """
     data = settings_of(config)
+    fields = numbers_from_peft(data, trained=True)
+    Spec.from_dict(fields)  # a number out of range is complained of before any is used
     adapted = units(model, data, sites.find(model))
     if not adapted:
         raise AdapterError(f"its targets hit nothing in this {type(model).__name__}")
     if refused := [unit.site for unit in adapted if unit.site.refusal]:
         raise AdapterError("; ".join(f"{site.name} cannot be adapted: {site.refusal}" for site in refused[:8]))
     names = [unit.site.name for unit in adapted]
-    fields = numbers_from_peft(data, trained=True)
     fields["train_modules"] = _train_modules(model, fields["train_modules"])
     numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
     fields["rank_pattern"] = _patterns(
@@ -39,9 +40,6 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
     fields["alpha_pattern"] = _patterns(
         fields["alpha_pattern"], fields["alpha"], {name: alpha for name, (_, alpha) in numbers.items()}
     )
-    Spec.from_dict(
-        fields | {"targets": tuple(names)}
-    )  # a number out of range is complained of before targets are tried
     for targets in (
         _own_targets,
         lambda _: {"targets": tuple(names)},
