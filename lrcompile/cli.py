@@ -75,7 +75,8 @@ def _line(commands: argparse._SubParsersAction) -> None:
         commands, "demo", "demo.commands:demo",
         "Run the whole line on a real model and real text.\n\n"
         "Trains a text classifier with an adapter beside a frozen-encoder baseline, merges, quantizes,\n"
-        "exports to ONNX, runs every rung and verifies it against float64. Writes one folder: result.json, rungs.png, adapter, models.\n"
+        "exports to ONNX, runs every rung and verifies it against float64.\n"
+        "Writes one folder: result.json, rungs.png, adapter, models.\n"
         "Without options: which module of Python's standard library does a docstring come from?",
         "  lrcompile demo\n  lrcompile demo --data reviews.csv --rank 8 --targets query,value --out reviews",
     )  # fmt: skip
@@ -227,7 +228,8 @@ def _golden(commands: argparse._SubParsersAction) -> None:
         "  lrcompile golden check golden",
     )  # fmt: skip
     update = _add(
-        actions, "update", "commands:golden_update", "Print the drift and store what is computed now; limits never loosen.",
+        actions, "update", "commands:golden_update",
+        "Print the drift and store what is computed now; limits never loosen.",
         "  lrcompile golden update golden/minilm --reason 'torch 2.14 sums in another order'",
     )  # fmt: skip
     update.add_argument("--reason", required=True, help="why the old outputs are no longer right; kept in the manifest")

@@ -78,6 +78,7 @@ class Plan:
             )
             for s in self.sites
         ]
+        flops = self.frozen_flops + self.adapter_flops
         total = self.base_bytes + self.trainer_bytes + self.saved_bytes
         title = (
             f"{self.method}: {len(hit)} sites hit, {len(self.sites) - len(hit)} spared · "
@@ -88,7 +89,7 @@ class Plan:
             f"trained numbers, gradients and AdamW {_size(self.trainer_bytes)} + "
             f"saved for the adapters at most {_size(self.saved_bytes)}",
             f"a step of {self.tokens:,} tokens: "
-            f"{(self.frozen_flops + self.adapter_flops) / 1e9:,.1f} GFLOP in linear maps, of which the adapters {self.adapter_flops / max(self.frozen_flops + self.adapter_flops, 1):.1%}",
+            f"{flops / 1e9:,.1f} GFLOP in linear maps, of which the adapters {self.adapter_flops / max(flops, 1):.1%}",
         )
         full = (f"trained in full: {', '.join(self.trained_in_full)}",) if self.trained_in_full else ()
         columns = ("site", "kind", "in", "out", "rank", "added", "why not")

@@ -51,7 +51,9 @@ def described(ready: Prepared) -> str:
     data = ready.data.summary()
     return (
         f"{data['train']} texts to train on, {data['test']} to test, {data['classes']} classes "
-        f"(the most frequent one, {ready.data.labels[_majority(ready)]!r}, is {data['majority_class_share']:.1%} of the test); "
+        f""
+        f"(the most frequent one, {ready.data.labels[_majority(ready)]!r}, "
+        f"is {data['majority_class_share']:.1%} of the test); "
         f"{data['test_texts_naming_their_label']:.1%} of the test texts contain their label's name; "
         f"{len(ready.batches)} steps"
     )
