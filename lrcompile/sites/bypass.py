@@ -50,7 +50,7 @@ class UnfusedEncoder(Host):
 def refusal_below(module: nn.Module) -> str | None:
     """Why no adapter below `module` can be trusted to act: its own forward may read their weights by attribute."""
     if isinstance(module, nn.MultiheadAttention) and not keeps_forward(module, nn.MultiheadAttention):
-        return f"it lies in a {original_class(module).__name__}, whose own forward may read the weight past its adapters"
+        return f"it lies in a {original_class(module).__name__}, whose own forward may read the weight past adapters"
     return None
 
 
