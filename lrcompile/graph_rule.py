@@ -28,12 +28,13 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         owner, _, slot = str(target).rpartition(".")
         sets = root.get_submodule(owner)._modules.get("lrcompile_adapters")
-        if sets is None or slot not in sets._modules:
+        adapters = None if sets is None else sets._modules.get(slot)
+        if not isinstance(adapters, AdapterSet):
             continue
         shape = getattr(root.get_submodule(owner), slot).shape
         for index in range(len(uses_of(graph, str(target), shape))):
             use = uses_of(graph, str(target), shape)[index]  # anew: one use's result can be the next one's input
-            for name in sets[slot].live_names():  # type: ignore[index,operator]
+            for name in adapters.live_names():
                 path = ".".join(part for part in (owner, "lrcompile_adapters", slot, name) if part)
                 use = _insert(graph, use, path, root.get_submodule(path))
                 count += 1
@@ -57,8 +58,9 @@ def _is_factor(root: nn.Module, target: str) -> bool:
     host, mark, rest = target.partition("lrcompile_adapters.")
     if not mark:
         return False
-    sets = root.get_submodule(host.rstrip("."))._modules["lrcompile_adapters"]
-    return isinstance(sets._modules.get(rest.partition(".")[0]), AdapterSet)  # type: ignore[union-attr]
+    sets = root.get_submodule(host.rstrip("."))._modules.get("lrcompile_adapters")
+    adapters = None if sets is None else sets._modules.get(rest.partition(".")[0])
+    return adapters is None or isinstance(adapters, AdapterSet)  # None: just taken off
 
 
 def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:

@@ -23,7 +23,10 @@ _LINEAR = {F.linear, aten.linear.default}
 _PRODUCT = {operator.matmul, torch.matmul, torch.mm, torch.bmm, aten.matmul.default, aten.mm.default, aten.bmm.default}
 _PRODUCT_METHODS = {"matmul", "mm", "bmm", "__matmul__"}
 _SUM_PRODUCT = {torch.addmm, aten.addmm.default, torch.baddbmm, aten.baddbmm.default}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.detach.default, aten.alias.default}
+_CASTS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
+}  # fmt: skip
 _CAST_METHODS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}
 _FLIPS: dict[Any, Callable[[tuple, int], bool]] = {
     torch.t: lambda args, ndim: True,
@@ -42,9 +45,9 @@ _FLIP_METHODS: dict[str, Callable[[tuple, int], bool]] = {
 }
 _HARMLESS_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
 _HARMLESS_METHODS = {"size", "dim", "numel", "is_floating_point", "get_device"}
-_KIND_OF_OTHER = {"to", "type_as"}
+_KIND_OF_OTHER = {"to", "type_as", aten.to.other, aten.type_as.default}
 """`x.to(W)`: W says only of which kind the result is."""
-_HARMLESS = {aten.sym_size.int}
+_HARMLESS = {aten.sym_size.int, aten._assert_tensor_metadata.default}
 
 
 class NotALinearMap(Exception):
@@ -138,7 +141,7 @@ def _is_harmless(user: fx.Node, weight: fx.Node) -> bool:
     """Does `user` read what kind of tensor the weight is, not its values?"""
     if user.op == "call_function" and user.target is getattr:
         return user.args[1] in _HARMLESS_ATTRIBUTES
-    if user.op == "call_method" and user.target in _KIND_OF_OTHER and user.args[0] is not weight:
+    if user.op != "call_module" and user.target in _KIND_OF_OTHER and user.args[0] is not weight:
         return weight in user.args[1:] or weight in user.kwargs.values()
     return (user.op == "call_method" and user.target in _HARMLESS_METHODS) or user.target in _HARMLESS
 

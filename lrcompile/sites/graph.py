@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from lrcompile.adapters import AdapterSlots
 from lrcompile.sites.parameter import slot_of
 from lrcompile.sites.site import Slot
 
 NAME = "graph"
 HOST = None
+_CAPTURED = "its module holds an adapter captured with the graph; apply to the model before capturing it"
 
 
 def slots(module: nn.Module) -> list[Slot] | None:
@@ -19,7 +21,9 @@ def slots(module: nn.Module) -> list[Slot] | None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name in attributes:
         if name in parameters and parameters[name].dim() >= 2 and "lrcompile_adapters" not in name.split("."):
-            found.append(slot_of(module.graph, name, parameters[name]))
+            holder = module.get_submodule(name.rpartition(".")[0])._modules.get("lrcompile_adapters")
+            captured = holder is not None and not isinstance(holder, AdapterSlots)
+            found.append(Slot(name, refusal=_CAPTURED) if captured else slot_of(module.graph, name, parameters[name]))
     return found
 
 
