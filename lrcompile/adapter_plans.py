@@ -17,9 +17,13 @@ from lrcompile.interop.peft_fitting import by_parameter, fitted
 from lrcompile.interop.peft_keys import Pair, base_key, base_name, pack, pairs, unpack
 from lrcompile.interop.peft_matching import Unit
 from lrcompile.matching import Matched, match
+from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
+
+
+_MAX_RANK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,23 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     matched = replace(matched, trained=tuple(trained.values()))
     found = pairs(model, adapted)
     known = set(trained) | {key for pair in found for key in (pair.A, pair.B)}
-    base = {
-        each
-        for each, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    }
+    base = _base_tensors(model)
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
     notes += [
         f"{site.name}: rank {spec.rank_of(site.name)} is above {min(site.in_features, site.out_features)}, the most its weight can have"
         for site in matched.hit
         if spec.rank_of(site.name) > min(site.in_features, site.out_features)
     ]
+    for key, each in trained.items():
+        if key in keys and (stored := checkpoint.tensors.entries[key].dtype) != (held := model.get_parameter(each).dtype):
+            notes.append(f"{each}: the adapter's value is {stored}, held as {held} like the base's")
     return Plan(spec, matched, adapted, found, trained, frozen, tuple(notes))
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the base by every name they have."""
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in both if ADAPTERS not in name.split(".")}
 
 
 def _only_ours(parameter: str) -> bool:
@@ -101,6 +111,10 @@ def _attention_note(adapted: list[Unit]) -> list[str]:
 
 def check(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> None:
     """Raise one error that lists everything by which the announced tensors are not the expected ones."""
+    for site in plan.matched.hit:
+        plan.spec.scale_of(site.name)  # raises where float32 cannot hold it
+        if (rank := plan.spec.rank_of(site.name)) > _MAX_RANK:
+            raise AdapterError(f"the adapter in {checkpoint.folder} has rank {rank} at {site.name}; no adapter has")
     expected = _expected_shapes(model, plan)
     entries = checkpoint.tensors.entries
     faults = []
@@ -155,7 +169,7 @@ def refuse_other_base_values(
     model: nn.Module, state: State | None, plan: Plan, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
     """PEFT also writes embeddings (when targeted, or resized) and buffers: harmless only where they are what the base has."""
-    base = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    base = _base_tensors(model)
     held = state.trained.base if state is not None else {}
     # beside a module trained in full lies its untouched original, and a second copy of what was trained
     copies = {name: key for key, name in plan.trained.items()}

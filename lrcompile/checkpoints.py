@@ -35,8 +35,9 @@ def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None)
     Raises `AdapterError` for a name that is not there, tensors that are not finite, on the meta device or sharded, a folder that
     cannot be written or that this process works in; what was there before is then untouched.
     """
-    refuse_wrapped(model, "save")
-    state = state_of(model)
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"save takes a torch.nn.Module, got {type(model).__name__}")
+    state = state_of(model)  # of a wrapped model this says which submodule to give
     folders = _folders(state, name)
     _refuse_working_folder(dir)
     contents = {folder: _content(model, state, each) for folder, each in folders.items()}
@@ -78,9 +79,9 @@ def load(
     with opened(folder) as checkpoint:
         try:
             plan = planned(model, state, checkpoint)
+            check(model, plan, checkpoint)
         except SpecError as error:
             raise as_adapter_error(error, folder) from error
-        check(model, plan, checkpoint)
         tensors = checkpoint.tensors.tensors()
     factors = {pair.unit.site.name: factors_of(model, pair, tensors) for pair in plan.pairs}
     refuse_other_base_values(model, state, plan, tensors, folder)
@@ -122,13 +123,20 @@ def _content(model: nn.Module, state: State, name: str) -> Content:
         tensors[pair.A], tensors[pair.B] = pack(model, pair.unit, adapter.A.detach(), adapter.B.detach())
     for parameter in state.trained.names_of(name):
         tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
-    if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise AdapterError(
-            f"{len(meta)} tensors are on the meta device and have no values to save: {', '.join(meta[:8])}"
-        )
+    _refuse_absent(tensors)
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     finite(tensors)
     return config, spec, print_of(model, state, sites), tensors
+
+
+def _refuse_absent(tensors: dict[str, Tensor]) -> None:
+    if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise AdapterError(f"{len(meta)} tensors are on the meta device and have no values: {', '.join(meta[:8])}")
+    if sharded := [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]:
+        raise AdapterError(
+            f"{len(sharded)} tensors are sharded (DTensor), and this process has a part of each only: {', '.join(sharded[:8])}; gather"
+            " them first (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into an unsharded model"
+        )
 
 
 def _refuse_peft_model(model: nn.Module) -> None:

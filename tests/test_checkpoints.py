@@ -337,6 +337,19 @@ def test_a_config_that_something_else_wrote_since_is_the_truth(saved: Path):
     assert any(OURS in note for note in lrcompile.report(model).notes)
 
 
+def test_values_in_another_dtype_than_the_base_are_told(saved: Path):
+    rewritten(saved, lambda tensors: tensors.update({key: t.double() for key, t in tensors.items() if "head" in key}))
+    model = lrcompile.load(Model(), saved)
+    assert any("head.weight" in note and "float64" in note for note in lrcompile.report(model).notes)
+
+
+def test_the_state_of_another_adapter_is_no_tensor_of_the_base(saved: Path):
+    model = adapted(name="other")
+    key = "base_model.model.body.up.lrcompile_adapters.weight.other.A"
+    rewritten(saved, lambda tensors: tensors.update({key: model.get_parameter(key.removeprefix("base_model.model.")).detach()}))
+    refused(saved, "unknown keys", model, name="new")
+
+
 def test_a_base_without_memory_is_refused(saved: Path):
     with torch.device("meta"):
         model = Model()
@@ -495,7 +508,10 @@ def test_a_pickle_is_never_opened(tmp_path: Path):
         ('{"peft_type": "LORA", "r": NaN, "target_modules": ["up"]}', "NaN"),
         ('{"peft_type": "VERA", "target_modules": ["up"]}', "VERA"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "use_dora": true}', "use_dora"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "r": 1000000000000}', "wrong shapes|missing keys"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "r": 1000}', "unknown keys"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "r": 1000000000000000000000000000000}', "no adapter has"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "lora_alpha": 1e300}', "float32 cannot hold"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "modules_to_save": ["("]}', "modules_to_save"),
         ('{"peft_type": "LORA", "target_modules": ["nowhere"]}', "hit nothing"),
         ('{"peft_type": "LORA", "target_modules": "("}', "regular expression"),
         ("[" * 100_000, "JSON"),
