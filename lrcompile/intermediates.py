@@ -18,7 +18,7 @@ from lrcompile.comparing import difference
 from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.outputs import Inputs, call, copied
 from lrcompile.provenance import graph_scopes
-from lrcompile.replay import SEEDS, Deviation, perturbed
+from lrcompile.replay import SEEDS, Deviation, Magnitudes, perturbed
 from lrcompile.runners import ModuleRunner, Runner, evaluating
 from lrcompile.verdict import Divergence
 
@@ -65,8 +65,9 @@ def reference_places(reference: nn.Module, inputs: Inputs, roundoff: float) -> d
     """y64 and D of every place whose value is one floating tensor, in order of completion."""
     twin = float64_copy(reference)
     places = {name: Deviation(value, roundoff) for name, value in _values64(twin, inputs).items()}
+    magnitudes = Magnitudes()
     for seed in SEEDS:
-        replayed = _values64(twin, inputs, perturbed(roundoff, seed))
+        replayed = _values64(twin, inputs, perturbed(roundoff, seed, magnitudes))
         for name, place in places.items():
             place.update(replayed[name])
     return places

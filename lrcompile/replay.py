@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SEEDS = (0, 1, 2, 3)
 
@@ -55,31 +56,63 @@ def working_dtype(model: nn.Module, inputs: Any = None) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
 
 
+class Magnitudes:
+    """u·|x||W| of each linear map in order, kept from one replay for the next ones of the same inputs.
+
+    They differ between replays by a relative 2⁻²⁴ or so, and cost as much as the maps themselves. Beyond `limit` bytes
+    they are computed each time.
+    """
+
+    def __init__(self, limit: int = 2 << 30):
+        self._kept: dict[tuple[int, Any, torch.Size], Tensor] = {}
+        self._left = limit
+
+    def get(self, index: int, func: Any, shape: torch.Size, compute: Callable[[], Tensor]) -> Tensor:
+        key = (index, func, shape)
+        if key in self._kept:
+            return self._kept[key]
+        value = compute()
+        size = 4 * value.numel()
+        if size <= self._left:
+            self._left -= size
+            self._kept[key] = value.to(torch.float32)
+        return value
+
+
 class _Perturb(TorchDispatchMode):
-    def __init__(self, roundoff: float, seed: int):
+    def __init__(self, roundoff: float, seed: int, magnitudes: Magnitudes):
         super().__init__()
         self.roundoff = roundoff
         self.seed = seed
+        self.magnitudes = magnitudes
         self.generators: dict[torch.device, torch.Generator] = {}
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func._schema.name == _NF4:
-            roundoff, magnitude = _nf4_magnitude(self.roundoff, func, args, kwargs)
+            compute = partial(_nf4_magnitude, self.roundoff, func, args, kwargs)
         elif (
             func.overloadpacket in _LINEAR and isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex())
         ):
-            roundoff, magnitude = self.roundoff, func(*_absolute(args), **_absolute(kwargs))
+            compute = partial(_magnitude, self.roundoff, func, args, kwargs)
         else:
             return out
-        return out + (roundoff * magnitude) * self._signs(magnitude)
+        self.count += 1
+        magnitude = self.magnitudes.get(self.count, func, out.shape, compute)
+        return out.addcmul_(self._signs(out), magnitude)  # a linear map's result is a fresh tensor
 
     def _signs(self, like: Tensor) -> Tensor:
         if like.device not in self.generators:
             self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
-        bits = torch.randint(0, 2, like.shape, generator=self.generators[like.device], device=like.device)
-        return (bits * 2 - 1).to(like.dtype)
+        coins = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+        coins.random_(0, 2, generator=self.generators[like.device])
+        return coins.to(torch.float32).mul_(2).sub_(1)
+
+
+def _magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> Tensor:
+    return func(*_absolute(args), **_absolute(kwargs)) * roundoff
 
 
 def _absolute(values: Any) -> Any:
@@ -91,9 +124,9 @@ def _absolute(values: Any) -> Any:
     return tree_map(magnitude, values)
 
 
-def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> tuple[float, Tensor]:
-    """|x|·|Ŵ|ᵀ + |b|, Ŵ read off the operator itself by feeding it the identity; rounds like the coarser of model and
-    compute type.
+def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """u·(|x|·|Ŵ|ᵀ + |b|), Ŵ read off the operator itself by feeding it the identity; u is that of the coarser of the
+    model's and the compute type.
     """
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -103,15 +136,13 @@ def _nf4_magnitude(roundoff: float, func: Any, args: Any, kwargs: Any) -> tuple[
     magnitude = x.abs().to(torch.float64) @ weight.abs()
     if bias is not None:
         magnitude = magnitude + bias.abs()
-    return max(roundoff, unit_roundoff(given["compute_dtype"])), magnitude
+    return magnitude * max(roundoff, unit_roundoff(given["compute_dtype"]))
 
 
 @contextmanager
-def perturbed(roundoff: float, seed: int) -> Iterator[None]:
-    """Inside `float64_mode`: every linear map's output moves by ±roundoff times its magnitude, signs drawn from
-    `seed`.
-    """
-    with _Perturb(roundoff, seed):
+def perturbed(roundoff: float, seed: int, magnitudes: Magnitudes | None = None) -> Iterator[None]:
+    """Inside `float64_mode`: every linear map's output moves by ±u·(|x||W|), signs drawn from `seed`."""
+    with _Perturb(roundoff, seed, magnitudes or Magnitudes()):
         yield
 
 

@@ -22,7 +22,7 @@ from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.ladder import Ladder
 from lrcompile.manifest import artefact
 from lrcompile.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
-from lrcompile.replay import SEEDS, Deviation, perturbed, unit_roundoff, working_dtype
+from lrcompile.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
 from lrcompile.runners import ModuleRunner, Runner, evaluating, runner
 from lrcompile.verdict import Limits, Rung, Verdict
 
@@ -99,8 +99,9 @@ def expectations(
     for given in sets:
         exact = _run64(twin, given, outputs)
         bounds = {name: Deviation(value, roundoff) for name, value in exact.items() if _inexact(value)}
+        magnitudes = Magnitudes()
         for seed in SEEDS if bounds else ():
-            replayed = _run64(twin, given, outputs, perturbed(roundoff, seed))
+            replayed = _run64(twin, given, outputs, perturbed(roundoff, seed, magnitudes))
             for name, bound in bounds.items():
                 bound.update(replayed[name])
         expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))

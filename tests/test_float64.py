@@ -72,7 +72,7 @@ def test_no_narrow_tensor_occurs_inside_a_transformers_model() -> None:
     seen: set[torch.dtype] = set()
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             seen.update(
                 leaf.dtype for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -135,7 +135,7 @@ def test_a_complex_table_is_widened_too() -> None:
             self.register_buffer("table", torch.polar(torch.ones(4), torch.randn(4)))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.view_as_real(torch.view_as_complex(x.float().reshape(-1, 4, 2)) * self.table)
+            return torch.view_as_real(torch.view_as_complex(x.float().reshape(-1, 4, 2)) * self.get_buffer("table"))
 
     module, x = Rotates(), torch.randn(3, 8)
     table = module.get_buffer("table").to(torch.complex128)
@@ -203,7 +203,7 @@ def test_an_nf4_linear_is_replayed_with_its_dequantized_weight() -> None:
 
     layer = lrcompile.quantize(nn.Sequential(nn.Linear(70, 9)), "nf4")
     x = torch.randn(4, 70)
-    weight, bias = nf4_weight(layer[0], torch.float64), layer[0].bias.double()
+    weight, bias = nf4_weight(layer.get_submodule("0"), torch.float64), layer.get_parameter("0.bias").double()
     exact = run64(layer, x)
     torch.testing.assert_close(exact, x.double() @ weight.t() + bias, rtol=1e-13, atol=1e-13)
     twin = float64_copy(layer)

@@ -24,7 +24,7 @@ from lrcompile.verdict import Limits
 transformers = pytest.importorskip("transformers")
 
 
-def mlp() -> nn.Module:
+def mlp() -> nn.Sequential:
     """Also what `build=` names."""
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
