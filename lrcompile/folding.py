@@ -40,7 +40,7 @@ class Update:
     transposed: bool  # the view is [in, out]
 
     def add_to(self, weight: Tensor) -> None:
-        delta = self.scale.to(weight.dtype) * (self.B.to(weight.dtype) @ self.A.to(weight.dtype))
+        delta = (self.B.to(weight.dtype) @ self.A.to(weight.dtype)).mul_(self.scale.to(weight.dtype))
         self.view.of(weight).add_(delta.mT if self.transposed else delta)
 
 

@@ -95,7 +95,11 @@ def test_training_flags_and_the_config_come_back_exactly():
 
 
 def test_a_failing_capture_leaves_flags_and_config_too():
-    class Breaks(Scorer):
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 5)
+
         def forward(self, ids):
             if self.table(ids).sum() > 0:  # a branch on data cannot be captured
                 return ids

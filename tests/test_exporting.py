@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ transformers = pytest.importorskip("transformers")
 IN, HIDDEN, OUT, RANK = 10, 23, 7, 3
 
 
-def _mlp() -> nn.Module:
+def _mlp() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.Dropout(0.3), nn.GELU(), nn.Linear(HIDDEN, OUT))
 
 
-def _adapted(model: nn.Module, **fields) -> nn.Module:
+def _adapted(model: nn.Module, **fields) -> Any:
     """With an adapter whose update is of the size of the weights, in training mode."""
     lrcompile.apply(model, lrcompile.spec("lora", rank=RANK, **fields))
     for name, parameter in model.named_parameters():
@@ -119,7 +120,7 @@ def test_a_model_merged_before_exports_as_it_is(tmp_path):
 
 
 @pytest.fixture
-def on_nf4() -> nn.Module:
+def on_nf4() -> Any:
     model = _mlp()
     lrcompile.quantize(model, "nf4", targets=["0", "3"])
     return _adapted(model, targets=["0", "3"])
@@ -209,7 +210,7 @@ def test_a_changed_file_does_not_verify(tmp_path):
     assert not exported.verify().ok
 
 
-def _family(name: str) -> nn.Module:
+def _family(name: str) -> Any:
     torch.manual_seed(0)
     small = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
     layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -246,6 +247,31 @@ def test_transformers_models_export_with_their_names_and_any_batch_and_length(tm
     for shape in ((1, 1), (3, 8), (5, 13)):
         verdict = exported.verify(_batch(*shape))
         assert verdict.ok, verdict
+
+
+@pytest.mark.slow
+def test_caches_and_experts_are_set_aside_only_while_exporting(tmp_path):
+    sizes = {"vocab_size": 99, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
+    mixture = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **sizes, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    )  # fmt: skip
+    encoder_decoder = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    ids = _batch(2, 7)["input_ids"]
+    for model, inputs in (
+        (mixture, {"input_ids": ids}),
+        (encoder_decoder, {"input_ids": ids, "decoder_input_ids": ids}),
+    ):
+        before = dict(model.config.__dict__)
+        exported = lrcompile.export(_adapted(model), tmp_path / "m.onnx", inputs)
+        assert exported.manifest["outputs"][0]["name"] == "logits"
+        assert exported.verify().ok
+        assert model.config.__dict__ == before
+        assert model.config.use_cache
 
 
 def test_labels_that_are_the_inputs_stay_an_input_of_their_own(tmp_path):
@@ -302,7 +328,7 @@ def test_quantizing_what_is_quantized_is_refused(tmp_path, on_nf4):
 def test_a_missing_package_is_found_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     model = _mlp()
-    model.forward = lambda x: pytest.fail("the model ran")  # type: ignore[method-assign]
+    model.forward = lambda x: pytest.fail("the model ran")
     with pytest.raises(MissingDependencyError, match=r"lrcompile\[onnx\]"):
         lrcompile.export(model, tmp_path / "m.onnx", (_x(4),))
 

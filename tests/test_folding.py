@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ def _apply_to(net, pair, x):
 
 
 X = torch.randn(4, 6, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-BODIES = {
+BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (lambda net, x: net.one(F.linear(x, net.W), x), {"W": (OUT, IN)}),
     "linear with bias": (lambda net, x: net.one(F.linear(x, net.W, net.b), x), {"W": (OUT, IN), "b": (OUT,)}),
     "matmul": (lambda net, x: net.one(x @ net.W, x), {"W": (IN, OUT)}),
@@ -101,7 +103,7 @@ def test_folding_keeps_the_function(name):
     assert (before - after).abs().max() <= 1e-13 * before.abs().max()
 
 
-SHARED = {
+SHARED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapted once, plain once": (
         lambda net, x: net.one(F.linear(x, net.W), x) * F.linear(x.relu(), net.W),
         {"W": (OUT, IN)},
@@ -127,7 +129,7 @@ def test_other_uses_of_the_weight_keep_its_numbers(name):
     assert (before - after).abs().max() <= 1e-13 * before.abs().max()
 
 
-KEPT = {
+KEPT: dict[str, Any] = {
     "the base output is used a second time": lambda net, x: (lambda y: net.one(y, x) + y)(F.linear(x, net.W)),
     "its weight is computed": lambda net, x: net.one(F.linear(x, net.W * 2), x),
     "it reads another input": lambda net, x: net.one(F.linear(x, net.W), x.relu()),
@@ -166,12 +168,12 @@ def test_an_embedding_folds_by_row():
 def test_a_folded_weight_is_the_float32_sum_rounded_once(dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     net = nn.Linear(IN, OUT, bias=False)
-    pair = Pair(dtype=torch.float32)
+    pair: Any = Pair(dtype=torch.float32)
     for parameter in (net.weight, pair.A, pair.B):
         parameter.data = torch.randn(parameter.shape, generator=generator)
     net.to(dtype)
-    holder = nn.ModuleDict({"net": net, "pair": pair})
-    holder.forward = lambda x: pair(net(x), x)  # type: ignore[method-assign]
+    holder: Any = nn.ModuleDict({"net": net, "pair": pair})
+    holder.forward = lambda x: pair(net(x), x)
     folded = fold_adapters(capture(holder, (torch.ones(2, IN, dtype=dtype),)).program)
     (recipe,) = folded.recipes.values()
     expected = net.weight.float() + pair.scale * (pair.B @ pair.A)
@@ -180,7 +182,7 @@ def test_a_folded_weight_is_the_float32_sum_rounded_once(dtype, seed):
 
 def test_nothing_is_computed_before_it_is_asked_for():
     body, shapes = BODIES["linear"]
-    net = Net(body, **shapes)
+    net: Any = Net(body, **shapes)
     program = capture(net, (X,), ({0: Dim.DYNAMIC},)).program
     (recipe,) = fold_adapters(program).recipes.values()
     assert program.state_dict["W"].data_ptr() == net.W.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import lrcompile
 from lrcompile.capture import capture
 from lrcompile.errors import ExportError
-from lrcompile.folding import fold_adapters
+from lrcompile.folding import Recipe, fold_adapters
 from lrcompile.kernels.nf4_linear import Nf4, decode_absmax
 from lrcompile.nf4_modules import codes_of
 
@@ -25,13 +26,13 @@ from lrcompile.interop.onnx_lowering import lower  # noqa: E402  (needs the pack
 from lrcompile.interop.onnx_nf4 import has_kernel  # noqa: E402
 
 
-def _run(model: ir.Model, **feed: torch.Tensor) -> np.ndarray:
+def _run(model: Any, **feed: torch.Tensor) -> np.ndarray:
     data = ir.serde.serialize_model(model).SerializeToString()
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     return session.run(None, {name: value.numpy() for name, value in feed.items()})[0]
 
 
-def _nf4_net(out: int, inner: int, block: int, *, double: bool, bias: bool, conv1d: bool = False) -> nn.Module:
+def _nf4_net(out: int, inner: int, block: int, *, double: bool, bias: bool, conv1d: bool = False) -> Any:
     torch.manual_seed(out)
     if conv1d:
         Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -57,7 +58,7 @@ def test_nf4_codes_are_carried_over_bit_for_bit(out, inner, block, double, bias,
     net = _nf4_net(out, inner, block, double=double, bias=bias, conv1d=conv1d)
     assert has_kernel(out, inner, block, conv1d) is kernel
     x = torch.randn(5, inner, generator=torch.Generator().manual_seed(0))
-    model = lower(capture(net, (x,)), {})
+    model: Any = lower(capture(net, (x,)), {})
     nodes = [node for node in model.graph if node.op_type == "MatMulBnb4"]
     assert bool(nodes) is kernel
     held = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
@@ -68,7 +69,7 @@ def test_nf4_codes_are_carried_over_bit_for_bit(out, inner, block, double, bias,
         assert np.array_equal(node.inputs[2].const_value.numpy(), decode_absmax(stored).numpy())
         attributes = {key: value.value for key, value in node.attributes.items()}
         assert attributes == {"K": inner, "N": out, "block_size": block, "quant_type": 1, "transB": 1}
-    (name,) = [value.name for value in model.graph.inputs]
+    name = str(model.graph.inputs[0].name)
     weight = net[0].weight.double().t() if conv1d else net[0].weight.double()
     exact = x.double() @ weight.t() + (0 if net[0].bias is None else net[0].bias.double())
     bound = 2**-24 * (x.double().abs() @ weight.t().abs() + exact.abs())
@@ -90,16 +91,16 @@ def _ids(*shape: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def lowered() -> tuple[nn.Module, ir.Model, list[str]]:
+def lowered() -> tuple[Any, Any, list[str]]:
     torch.manual_seed(0)
-    net = Net().eval()
+    net: Any = Net().eval()
     lrcompile.apply(net, lrcompile.spec("lora", rank=3, targets=["inner"]))
     nn.init.normal_(net.inner.lrcompile_adapters["weight"]["default"].B)
     captured = capture(net, {"ids": _ids(2, 6)})
     recipes, computed = fold_adapters(captured.program).recipes, []
 
     def counted(name, recipe):
-        class Counted(type(recipe)):
+        class Counted(Recipe):
             def __call__(self):
                 computed.append(name)
                 return super().__call__()

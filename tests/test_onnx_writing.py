@@ -10,11 +10,12 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lrcompile.errors import ExportError, VerificationError
+from lrcompile.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -25,7 +26,7 @@ from lrcompile.interop import onnx_writing  # noqa: E402  (needs the packages ab
 SIZE = 160  # 100 KiB of weights: over what a model holds itself
 
 
-def model(value: float, size: int = SIZE) -> ir.Model:
+def model(value: float, size: int = SIZE) -> Any:
     """x → x·W₁·W₂ with W₁ = W₂ = value·I."""
     held = [onnx.numpy_helper.from_array(value * np.eye(size, dtype=np.float32), name) for name in ("one", "two")]
     nodes = [onnx.helper.make_node("MatMul", [a, b], [c]) for a, b, c in (("x", "one", "h"), ("h", "two", "y"))]
@@ -85,7 +86,7 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path, monkeypatch):
     class Weight(np.ndarray):
         pass
 
-    def computed() -> ir.Tensor:
+    def computed() -> Any:
         array = np.eye(SIZE, dtype=np.float32).view(Weight)
         alive.append(0)
         weakref.finalize(array, alive.pop)
@@ -140,13 +141,28 @@ def test_a_failure_anywhere_leaves_the_folder_as_it_was(tmp_path, monkeypatch, p
     assert _content(tmp_path) == before
 
 
-def test_a_model_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
-    def refuse(path, session):
-        raise VerificationError("opset 99")
+@pytest.mark.parametrize("flaw", ["opset", "operator"])
+def test_a_model_the_runtime_refuses_is_not_written(tmp_path, flaw):
+    refused = model(3.0)
+    if flaw == "opset":
+        refused.graph.opset_imports[""] = 27
+    else:
+        refused.graph[0].op_type = "MatMulOfAnotherKind"
+    with pytest.raises(ExportError, match="nothing was written"):
+        onnx_writing.write(refused, tmp_path / "m.onnx", {}, lambda hashes: b"")
+    assert _content(tmp_path) == {}
 
-    monkeypatch.setattr(onnx_writing, "OnnxRunner", refuse)
-    with pytest.raises(ExportError, match="opset 99"):
-        write(3.0, tmp_path / "m.onnx")
+
+def test_bfloat16_is_refused_with_the_remedy(tmp_path):
+    held = model(3.0)
+    for name in ("one", "two"):
+        value = held.graph.initializers[name]
+        value.const_value = ir.Tensor(np.zeros((SIZE, SIZE), np.uint16), dtype=ir.DataType.BFLOAT16, name=name)
+        value.dtype = ir.DataType.BFLOAT16
+    for value in (*held.graph.inputs, *held.graph.outputs):
+        value.dtype = ir.DataType.BFLOAT16
+    with pytest.raises(ExportError, match=r"model\.float\(\)"):
+        onnx_writing.write(held, tmp_path / "m.onnx", {}, lambda hashes: b"")
     assert _content(tmp_path) == {}
 
 
@@ -159,6 +175,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from typing import Any
 import test_onnx_writing as test
 path = Path(sys.argv[2])
 test.write(3.0, path)

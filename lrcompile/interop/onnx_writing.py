@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 
 from lrcompile.errors import ExportError, VerificationError
-from lrcompile.interop.onnxruntime import OnnxRunner
+from lrcompile.interop.onnx_safety import check
 from lrcompile.manifest import sha256
 from lrcompile.progress import shown
 from lrcompile.writing import atomic_file, beside, sync
@@ -124,10 +125,20 @@ def _serialized(model: ir.Model, path: Path) -> bytes:
 
 
 def _try(path: Path, session: Mapping[str, Any]) -> None:
+    """Check the file, and load it as a user would, but with the weights mapped instead of copied."""
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    refusals: tuple[Any, ...] = tuple(
+        kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in {**session.get("config", {}), "session.disable_prepacking": "1"}.items():
+        options.add_session_config_entry(key, value)
     try:
         onnx.checker.check_model(str(path))
-        OnnxRunner(path, session)
-    except (onnx.checker.ValidationError, VerificationError) as error:
+        check(path)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (onnx.checker.ValidationError, VerificationError, *refusals) as error:
         held = onnx.load(path, load_external_data=False).graph.initializer
         hint = any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in held)
         raise ExportError(
