@@ -1,8 +1,9 @@
 """The files of one adapter: PEFT's two, and `lrcompile.json` beside them for what PEFT has no words for.
 
-`lrcompile.json` is a file of its own because PEFT warns at, and its older versions refuse, a setting they do not know. It carries the hash
-of the `adapter_config.json` it was written with: when something else has rewritten that since (PEFT, saving into the same folder; a hand
-that changed the scale), the config is the truth and `lrcompile.json` is not read.
+`lrcompile.json` is a file of its own because PEFT warns at, and its older versions refuse, a setting they do not
+know. It carries the hash of the `adapter_config.json` it was written with: when something else has rewritten that
+since (PEFT, saving into the same folder; a hand that changed the scale), the config is the truth and `lrcompile.json`
+is not read.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _require_files(folder: Path) -> None:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if WEIGHTS in missing and (folder / PICKLED).exists():
         raise AdapterError(
-            f"{folder} holds its weights as {PICKLED}, a pickle, which could run any code when opened, so it is not read; load it with PEFT"
+            f"{folder} holds its weights as {PICKLED}, a pickle, which could run any code when opened, so it is not"
+            " read; load it with PEFT"
             f" where you trust it and call save_pretrained, which writes {WEIGHTS}"
         )
     if missing:
@@ -164,7 +166,8 @@ def finite(tensors: Mapping[str, Tensor]) -> None:
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         listed = ", ".join(broken[:8])
         raise AdapterError(
-            f"{len(broken)} tensors hold NaN or infinite values, so training has diverged and nothing was saved: {listed}"
+            f"{len(broken)} tensors hold NaN or infinite values, so training has diverged and nothing was saved:"
+            f" {listed}"
         )
 
 

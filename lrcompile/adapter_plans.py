@@ -22,7 +22,6 @@ from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
 
-
 _MAX_RANK = 1 << 24
 
 
@@ -50,8 +49,8 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
         faults, compared = differences(checkpoint.base, model, state, matched.hit)
         if faults:
             raise AdapterError(
-                f"the adapter in {folder} is for another base than this {type(model).__name__}: {'; '.join(faults)}. Load that base"
-                f" (or remove {adapter_files.OURS} from the folder to go by shapes alone)"
+                f"the adapter in {folder} is for another base than this {type(model).__name__}: {'; '.join(faults)}."
+                f" Load that base (or remove {adapter_files.OURS} from the folder to go by shapes alone)"
             )
         notes += compared
         adapted = by_parameter(checkpoint.config, matched.hit)
@@ -72,12 +71,15 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     base = _base_tensors(model)
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
     notes += [
-        f"{site.name}: rank {spec.rank_of(site.name)} is above {min(site.in_features, site.out_features)}, the most its weight can have"
+        f"{site.name}: rank {spec.rank_of(site.name)} is above {min(site.in_features, site.out_features)},"
+        " the most its weight can have"
         for site in matched.hit
         if spec.rank_of(site.name) > min(site.in_features, site.out_features)
     ]
     for key, each in trained.items():
-        if key in keys and (stored := checkpoint.tensors.entries[key].dtype) != (held := model.get_parameter(each).dtype):
+        if key in keys and (stored := checkpoint.tensors.entries[key].dtype) != (
+            held := model.get_parameter(each).dtype
+        ):
             notes.append(f"{each}: the adapter's value is {stored}, held as {held} like the base's")
     return Plan(spec, matched, adapted, found, trained, frozen, tuple(notes))
 
@@ -104,8 +106,8 @@ def _attention_note(adapted: list[Unit]) -> list[str]:
     if not whole:
         return []
     return [
-        f"{', '.join(whole[:4])}: PEFT 0.21 applies the update of out_proj twice in nn.MultiheadAttention; here it is applied once, so"
-        " outputs differ from PEFT's"
+        f"{', '.join(whole[:4])}: PEFT 0.21 applies the update of out_proj twice in nn.MultiheadAttention; here"
+        " it is applied once, so outputs differ from PEFT's"
     ]
 
 
@@ -168,7 +170,7 @@ def factors_of(model: nn.Module, pair: Pair, tensors: Mapping[str, Tensor]) -> t
 def refuse_other_base_values(
     model: nn.Module, state: State | None, plan: Plan, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """PEFT also writes embeddings (when targeted, or resized) and buffers: harmless only where they are what the base has."""
+    """PEFT also writes embeddings (targeted or resized) and buffers: harmless only where they are what the base has."""
     base = _base_tensors(model)
     held = state.trained.base if state is not None else {}
     # beside a module trained in full lies its untouched original, and a second copy of what was trained
@@ -177,8 +179,9 @@ def refuse_other_base_values(
         there = tensors[copies[name]] if ".modules_to_save." in key and name in copies else held.get(name, base[name])
         if there.shape != tensors[key].shape or not torch.equal(there.detach().cpu(), tensors[key].to(there.dtype)):
             raise AdapterError(
-                f"the adapter in {folder} also carries {key}, which is {list(tensors[key].shape)} and not what this base has"
-                f" ({list(there.shape)}): the base was resized or changed in training. Load that base, or add the module to modules_to_save"
+                f"the adapter in {folder} also carries {key}, which is {list(tensors[key].shape)} and not what this"
+                f" base has ({list(there.shape)}): the base was resized or changed in training. Load that base, or add"
+                " the module to modules_to_save"
             )
 
 

@@ -1,7 +1,7 @@
-"""What an adapter was trained on: names, shapes and bits of the weights it stands beside, so that another base is noticed.
+"""What an adapter was trained on: names, shapes and bits of the weights beside it, so that another base is noticed.
 
-Bits are hashed whole when all of them are below 256 MiB, else at 4096 places spread over each weight. A base stored otherwise (cast,
-quantized since) is compared by shape only.
+Bits are hashed whole when all of them are below 256 MiB, else at 4096 places spread over each weight. A base stored
+otherwise (cast, quantized since) is compared by shape only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def differences(
             faults.append(f"the weight of {name} has other values")
     if stored_otherwise:
         notes.append(
-            f"the base is stored in another form than the adapter's was, so its bits were not compared: {_listed(stored_otherwise)}"
+            "the base is stored in another form than the adapter's was, so its bits were not compared:"
+            f" {_listed(stored_otherwise)}"
         )
     return faults, notes
 

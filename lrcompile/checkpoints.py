@@ -25,15 +25,17 @@ from lrcompile.writing import atomic_folder
 
 
 def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Write A, B and what was trained in full of one adapter, or of all, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
+    """Write A, B and what was trained in full of one adapter, or of all, as PEFT does: `adapter_config.json`,
+    `adapter_model.safetensors`.
 
-    One adapter, or the one called `name`, goes to the top of `dir`; of several, "default" goes to the top and each other into a
-    sub-folder of its name. Beside PEFT's files lies `lrcompile.json` with the exact spec and a print of the base. While merged, the
-    factors are written. The folder is exchanged as a whole: whoever looks finds the old adapter or the new one. Everything else in it
-    (a README, other adapters) stays. Factors keep their dtype. Returns the folder.
+    One adapter, or the one called `name`, goes to the top of `dir`; of several, "default" goes to the top and each
+    other into a sub-folder of its name. Beside PEFT's files lies `lrcompile.json` with the exact spec and a print of
+    the base. While merged, the factors are written. The folder is exchanged as a whole: whoever looks finds the old
+    adapter or the new one. Everything else in it (a README, other adapters) stays. Factors keep their dtype. Returns
+    the folder.
 
-    Raises `AdapterError` for a name that is not there, tensors that are not finite, on the meta device or sharded, a folder that
-    cannot be written or that this process works in; what was there before is then untouched.
+    Raises `AdapterError` for a name that is not there, tensors that are not finite, on the meta device or sharded, a
+    folder that cannot be written or that this process works in; what was there before is then untouched.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"save takes a torch.nn.Module, got {type(model).__name__}")
@@ -62,13 +64,14 @@ def load(
 ) -> nn.Module:
     """y = xWᵀ + b + s·(xAᵀ)Bᵀ with the A, B and s of an adapter folder, ours or PEFT's; in place, returns `model`.
 
-    The adapter becomes the only active one, and trains only if `trainable`. Tensors keep the checkpoint's bits and dtype (those trained
-    in full take the dtype of the parameter they stand for). With `replace` it takes the place of the adapter of that name.
-    Nothing is unpickled. `nn.MultiheadAttention` computes the documented mathematics; PEFT 0.21 applies the update of its `out_proj`
-    twice, and the report says so.
+    The adapter becomes the only active one, and trains only if `trainable`. Tensors keep the checkpoint's bits and
+    dtype (those trained in full take the dtype of the parameter they stand for). With `replace` it takes the place of
+    the adapter of that name. Nothing is unpickled. `nn.MultiheadAttention` computes the documented mathematics; PEFT
+    0.21 applies the update of its `out_proj` twice, and the report says so.
 
-    Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and values that are not finite; or that says what differs
-    between this base and the adapter's, or which setting has no counterpart. On any error the model is as it was.
+    Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and values that are not finite; or
+    that says what differs between this base and the adapter's, or which setting has no counterpart. On any error the
+    model is as it was.
     """
     refuse_wrapped(model, "load into")
     _refuse_peft_model(model)
@@ -134,8 +137,9 @@ def _refuse_absent(tensors: dict[str, Tensor]) -> None:
         raise AdapterError(f"{len(meta)} tensors are on the meta device and have no values: {', '.join(meta[:8])}")
     if sharded := [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]:
         raise AdapterError(
-            f"{len(sharded)} tensors are sharded (DTensor), and this process has a part of each only: {', '.join(sharded[:8])}; gather"
-            " them first (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into an unsharded model"
+            f"{len(sharded)} tensors are sharded (DTensor), and this process has a part of each only:"
+            f" {', '.join(sharded[:8])}; gather them into an unsharded model first"
+            " (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
         )
 
 
@@ -143,5 +147,6 @@ def _refuse_peft_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             raise AdapterError(
-                f"{name or 'the model'} is PEFT's {type(module).__name__}; load into the plain model (peft_model.unload() gives it back)"
+                f"{name or 'the model'} is PEFT's {type(module).__name__}; load into the plain model"
+                " (peft_model.unload() gives it back)"
             )

@@ -1,6 +1,7 @@
-"""Reading a safetensors file that may be hostile: everything it claims is checked before anything of that size is allocated.
+"""Reading a safetensors file that may be hostile: what it claims is checked before anything of that size is allocated.
 
-The layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the data without holes.
+The layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the data
+without holes.
 """
 
 from __future__ import annotations
@@ -58,14 +59,17 @@ class TensorFile:
             raise self._error(f"{self.path} is not a valid safetensors file: {cause}") from cause
         if broken := [name for name, tensor in loaded.items() if not bool(torch.isfinite(tensor).all())]:
             raise self._error(
-                f"{self.path}: {_listed(broken)} hold NaN or infinite values; the adapter is broken (or was never trained well)"
+                f"{self.path}: {_listed(broken)} hold NaN or infinite values; the adapter is broken (or was never"
+                " trained well)"
             )
         return loaded
 
 
 @contextmanager
 def open_tensors(path: Path, *, error: type[LrcompileError] = AdapterError) -> Iterator[TensorFile]:
-    """Check header and sizes of `path`; `error`, naming the file and the fault, if anything in it is not as it should be."""
+    """Check header and sizes of `path`; `error`, naming the file and the fault, if anything in it is not as it should
+    be.
+    """
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -75,7 +79,8 @@ def open_tensors(path: Path, *, error: type[LrcompileError] = AdapterError) -> I
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
                 raise error(
-                    f"{path} is truncated, or no safetensors file: its header should have {length} bytes, the file has {size}"
+                    f"{path} is truncated, or no safetensors file: its header should have {length} bytes, the file"
+                    f" has {size}"
                 )
             if length > MAX_HEADER:
                 raise error(f"{path}: its header has {length} bytes; headers above {MAX_HEADER} are not read")

@@ -1,4 +1,6 @@
-"""`save` and `load`: what was saved comes back to the bit; what is wrong is one typed error, and model and files are as before."""
+"""`save` and `load`: what was saved comes back to the bit; what is wrong is one typed error that
+leaves model and files as before.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ FIELDS = {
 
 
 def adapted(model: nn.Module | None = None, name: str = "default", seed: int = 1, **fields: Any) -> nn.Module:
-    """A model whose adapter does something: every tensor it trains is random. Frozen: torch picks other kernels where gradients are wanted."""
+    """A model whose adapter does something: every tensor it trains is random.
+
+    Frozen, because torch picks other kernels where gradients are wanted.
+    """
     model = model or Model()
     lrcompile.apply(model, lrcompile.spec("lora", **FIELDS | fields), name=name)
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +109,9 @@ def everything(model: nn.Module) -> dict[str, Any]:
         "identities": [id(p) for p in model.parameters()],
         "flags": {key: p.requires_grad for key, p in model.named_parameters()},
         "classes": [type(module) for module in model.modules()],
-        "state": {key: repr(value) for key, value in vars(model.__dict__.get("_lrcompile", Model)).items() if key != "trained"}
+        "state": {
+            key: repr(value) for key, value in vars(model.__dict__.get("_lrcompile", Model)).items() if key != "trained"
+        }
         if "_lrcompile" in model.__dict__
         else None,
         "random": torch.get_rng_state(),
@@ -346,7 +353,10 @@ def test_values_in_another_dtype_than_the_base_are_told(saved: Path):
 def test_the_state_of_another_adapter_is_no_tensor_of_the_base(saved: Path):
     model = adapted(name="other")
     key = "base_model.model.body.up.lrcompile_adapters.weight.other.A"
-    rewritten(saved, lambda tensors: tensors.update({key: model.get_parameter(key.removeprefix("base_model.model.")).detach()}))
+    rewritten(
+        saved,
+        lambda tensors: tensors.update({key: model.get_parameter(key.removeprefix("base_model.model.")).detach()}),
+    )
     refused(saved, "unknown keys", model, name="new")
 
 
@@ -368,7 +378,11 @@ def test_unknown_missing_and_misshapen_tensors_are_one_error(saved: Path):
         tensors[f"{BODY}.up.lora_A.weight"] = torch.ones(5, 10)
 
     rewritten(saved, change)
-    refused(saved, r"(?s)unknown keys.*elsewhere.*missing keys.*down.lora_B.*wrong shapes.*up\.lora_A\.weight is \[5, 10\], expected \[5, 9\]")
+    refused(
+        saved,
+        r"(?s)unknown keys.*elsewhere.*missing keys.*down.lora_B"
+        r".*wrong shapes.*up\.lora_A\.weight is \[5, 10\], expected \[5, 9\]",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -463,7 +477,9 @@ def test_a_truncated_file_is_refused(saved: Path, cut: float):
     refused(with_it, WEIGHTS)
 
 
-@settings(deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]))
 def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(saved: Path, data: st.DataObject, name: str):
     folder = saved.parent / "flipped"
@@ -559,7 +575,12 @@ def test_a_folder_where_a_file_should_be_is_refused(saved: Path):
 def test_sites_that_differ_are_listed_from_both_sides(saved: Path):
     (saved / OURS).unlink()
     config = json.loads((saved / CONFIG).read_text())
-    edited(saved / CONFIG, target_modules=["fit", "emb", "down", "attn"] if isinstance(config["target_modules"], list) else config["target_modules"])
+    edited(
+        saved / CONFIG,
+        target_modules=["fit", "emb", "down", "attn"]
+        if isinstance(config["target_modules"], list)
+        else config["target_modules"],
+    )
     refused(saved, r"(?s)unknown keys.*up\.lora_A.*missing keys.*fit\.lora_A")
 
 
@@ -590,7 +611,9 @@ def test_what_is_not_ours_stays_in_sub_folders_of_adapters(tmp_path: Path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
-def test_a_folder_that_cannot_be_written_is_one_error_and_keeps_what_it_had(saved: Path, code: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_written_is_one_error_and_keeps_what_it_had(
+    saved: Path, code: int, monkeypatch: pytest.MonkeyPatch
+):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = adapted(seed=4)
     original = Path.write_bytes
@@ -664,7 +687,9 @@ while True:
 def test_a_killed_save_leaves_the_old_adapter_or_the_new_one_never_a_mixture(tmp_path: Path):
     folder, value = tmp_path / "a", 0.0
     for attempt in range(10):
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SAVING), str(folder), str(value)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVING), str(folder), str(value)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.011 * attempt)

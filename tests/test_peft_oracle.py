@@ -1,11 +1,11 @@
 """PEFT as oracle: for identical tensors, outputs and gradients are identical, whichever of the two wrote the folder.
 
-Not for `nn.MultiheadAttention` as a module: PEFT 0.21 applies the update of `out_proj` twice there (`test_attention…` holds it to that).
+Not for `nn.MultiheadAttention` as a module: PEFT 0.21 applies the update of `out_proj` twice there (`test_attention…`
+holds it to that).
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,24 +119,36 @@ CASES = {
     "rank-stabilised": Case(llama, {"target_modules": ["k_proj"], "use_rslora": True}),
     "patterns": Case(
         llama,
-        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 8, r"1\.mlp\.up_proj": 2}, "alpha_pattern": {"up_proj": 7}},
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 8, r"1\.mlp\.up_proj": 2},
+            "alpha_pattern": {"up_proj": 7},
+        },
     ),
     "some layers": Case(llama, {"target_modules": ["o_proj", "q_proj"], "layers_to_transform": [0, 2]}),
-    "layers by pattern": Case(llama, {"target_modules": ["o_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "layers by pattern": Case(
+        llama, {"target_modules": ["o_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}
+    ),
     "excluded": Case(llama, {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["1.self_attn.q_proj"]}),
     "modules trained in full": Case(llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm", "absent_here"]}),
     "lm_head in full": Case(llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "Conv1D": Case(gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "Conv1D and its biases": Case(gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
     "embedding": Case(Mixed, {"target_modules": ["emb", "head"]}, lambda: ids(11)),
-    "all biases": Case(Mixed, {"target_modules": r"layers\.\d\.0", "bias": "all", "modules_to_save": ["head"]}, lambda: ids(11)),
+    "all biases": Case(
+        Mixed, {"target_modules": r"layers\.\d\.0", "bias": "all", "modules_to_save": ["head"]}, lambda: ids(11)
+    ),
     "biases of adapted maps": Case(Mixed, {"target_modules": ["0.0", "head"], "bias": "lora_only"}, lambda: ids(11)),
     "raw matrices": Case(Mixed, {"target_modules": [], "target_parameters": ["raw.up", "raw.down"]}, lambda: ids(11)),
     "raw and modules": Case(
         Mixed, {"target_modules": ["0.2"], "target_parameters": ["raw.down"], "bias": "all"}, lambda: ids(11)
     ),
-    "a linear by its parameter": Case(Mixed, {"target_modules": [], "target_parameters": ["head.weight"]}, lambda: ids(11)),
-    "experts": Case(experts, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "a linear by its parameter": Case(
+        Mixed, {"target_modules": [], "target_parameters": ["head.weight"]}, lambda: ids(11)
+    ),
+    "experts": Case(
+        experts, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    ),
     "one weight of the experts": Case(experts, {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
     "transposed experts": Case(
         transposed_experts, {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -144,16 +156,18 @@ CASES = {
     "the packed projection of an attention": Case(
         Attention, {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]}, lambda: torch.randn(2, 5, 8)
     ),
-}  # fmt: skip
+}
 
 
-def base_of(case: Case, dtype: torch.dtype) -> nn.Module:
+def base_of(case: Case, dtype: torch.dtype) -> Any:
     torch.manual_seed(1)
     return case.build().to(dtype).eval()
 
 
 def oracle(case: Case, dtype: torch.dtype) -> Any:
-    """PEFT's model (its scales exact in float32, as ours are held) with every adapter tensor, and every tensor trained in full, at random."""
+    """PEFT's model (its scales exact in float32, as ours are held) with every adapter tensor, and every tensor
+    trained in full, at random.
+    """
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 5} | case.config)
     model = peft.get_peft_model(base_of(case, dtype), config, autocast_adapter_dtype=False).eval()
     generator = torch.Generator().manual_seed(2)
@@ -182,10 +196,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= bound
 
 
-def our_gradients(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+def our_gradients(model: nn.Module, folder: Path) -> dict[str, Tensor | None]:
     state = state_of(model)
     units = by_parameter(read_object(folder / "adapter_config.json"), state.sites["default"])
-    found = {}
+    found: dict[str, Tensor | None] = {}
     for pair in pairs(model, units):
         adapter = adapter_set(model, pair.unit.site)["default"]
         found[pair.A], found[pair.B] = pack(model, pair.unit, adapter.A.grad, adapter.B.grad)
@@ -223,7 +237,9 @@ def test_a_folder_of_peft_gives_its_outputs_and_gradients(case: Case, dtype: tor
     expected, found = their_gradients(theirs), our_gradients(ours, tmp_path)
     assert set(found) == set(expected)
     for key, gradient in expected.items():
-        close(found[key], gradient)
+        mine_too = found[key]
+        assert mine_too is not None, key
+        close(mine_too, gradient)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -274,10 +290,10 @@ def test_an_attention_gets_the_update_of_out_proj_once_and_peft_applies_it_twice
     }
     plain = base_of(case, torch.float64)
     with torch.no_grad():
-        plain.attn.in_proj_weight += delta["attn"]  # type: ignore[union-attr]
-        plain.attn.out_proj.weight += delta["attn.base_layer.out_proj"]  # type: ignore[union-attr]
+        plain.attn.in_proj_weight += delta["attn"]
+        plain.attn.out_proj.weight += delta["attn.base_layer.out_proj"]
         close(out(ours, x), out(plain, x))
-        plain.attn.out_proj.weight += delta["attn.base_layer.out_proj"]  # type: ignore[union-attr]
+        plain.attn.out_proj.weight += delta["attn.base_layer.out_proj"]
         close(y, out(plain, x))
     lrcompile.save(ours, tmp_path / "ours")
     again = load_file(tmp_path / "ours/adapter_model.safetensors")
@@ -291,9 +307,9 @@ def test_what_peft_writes_of_a_targeted_embedding_is_checked_against_the_base(tm
     theirs.save_pretrained(tmp_path)
     assert any("embed_tokens.base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     close(out(lrcompile.load(base_of(case, torch.float32), tmp_path), x), out(theirs, x))
-    other = copy.deepcopy(base_of(case, torch.float32))
+    other = base_of(case, torch.float32)
     with torch.no_grad():
-        other.model.embed_tokens.weight[5, 2] += 1  # type: ignore[union-attr,index]
+        other.model.embed_tokens.weight[5, 2] += 1
     with pytest.raises(lrcompile.AdapterError, match=r"embed_tokens\.base_layer\.weight"):
         lrcompile.load(other, tmp_path)
 

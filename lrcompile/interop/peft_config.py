@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig` and a `Spec`: the same description in two vocabularies, both ways, and what has no counterpart by name."""
+"""PEFT's `LoraConfig` and a `Spec`, both ways; what has no counterpart is refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HARMLESS = frozenset(
         "runtime_config",
     ]
 )
-"""Say nothing about what is computed: bookkeeping, what the model itself tells, options of an `init_lora_weights` or of a refused setting."""
+"""Say nothing about what is computed: bookkeeping, what the model tells itself, options of other settings."""
 
 _UNSUPPORTED = {
     "use_dora": "it adds a magnitude to each output; merge it with PEFT, or train with method 'lora'",
@@ -73,9 +73,9 @@ _USED = frozenset(
 def spec_from_peft(config: Any) -> Spec:
     """The spec of a `LoraConfig`, or of the mapping of an `adapter_config.json`.
 
-    `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora` a `scaling`.
-    `init_lora_weights` False (PEFT's random B, meant for tests) becomes "kaiming": B starts at 0. Raises `SpecError`
-    naming each setting that has no counterpart, with what to do about it.
+    `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora`
+    a `scaling`. `init_lora_weights` False (PEFT's random B, meant for tests) becomes "kaiming": B starts at 0. Raises
+    `SpecError` naming each setting that has no counterpart, with what to do about it.
     """
     data = settings_of(config)
     return Spec.from_dict(numbers_from_peft(data) | _targets(data))
@@ -84,8 +84,9 @@ def spec_from_peft(config: Any) -> Spec:
 def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
     """The mapping PEFT reads as `adapter_config.json`; `more` replaces or adds settings of PEFT by name.
 
-    A spec alone does not say which targets are modules and which are raw parameters: all go to `target_modules`, and whoever
-    has the model (`lrcompile.save`) gives both lists. Raises `SpecError` for a method that PEFT has no type for.
+    A spec alone does not say which targets are modules and which are raw parameters: all go to `target_modules`, and
+    whoever has the model (`lrcompile.save`) gives both lists. Raises `SpecError` for a method that PEFT has no type
+    for.
     """
     kind = recipe(spec.method).peft
     if kind is None:
@@ -238,7 +239,8 @@ def _init(given: Any, trained: bool) -> str:
             field="init",
         )
     raise SpecError(
-        f"init_lora_weights={given!r} also changes the base weights, so its factors mean something on that base only; save it with"
+        f"init_lora_weights={given!r} also changes the base weights, so its factors mean something on that base"
+        " only; save it with"
         " PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which gives plain LoRA",
         field="init",
     )

@@ -20,8 +20,8 @@ from lrcompile.targeting import hits
 def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit], Matched]:
     """The spec under which `model` gets exactly the sites, ranks and scales that PEFT would give it under `config`.
 
-    The config's own words where they mean the same here, otherwise the sites by name. Raises `SpecError` for settings without
-    counterpart, `AdapterError` for targets that cannot be adapted here.
+    The config's own words where they mean the same here, otherwise the sites by name. Raises `SpecError` for settings
+    without counterpart, `AdapterError` for targets that cannot be adapted here.
     """
     data = settings_of(config)
     fields = numbers_from_peft(data, trained=True)
@@ -75,7 +75,7 @@ def _own_targets(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train_modules(model: nn.Module, entries: Sequence[str]) -> tuple[str, ...]:
-    """`modules_to_save` without names PEFT adds for classes this model is not of, spelled out where its rule hits more than ours."""
+    """`modules_to_save` without names that hit nothing here, spelled out where PEFT's rule hits more than ours."""
     theirs = saved_modules(model, entries)
     kept = tuple(entry for entry in entries if any(hits((entry,), name) for name in theirs))
     ours = [name for name in module_names(model) if hits(kept, name)]

@@ -1,7 +1,8 @@
 """Names and layouts of tensors in PEFT's `adapter_model.safetensors`, both ways.
 
-PEFT wraps what it adapts: a module `m` becomes `m` with the original at `m.base_layer`, so every name below it grows by one `base_layer`
-for each wrapper. Two raw parameters of one module are two wrappers, the first registered innermost. A stack of E experts is flat:
+PEFT wraps what it adapts: a module `m` becomes `m` with the original at `m.base_layer`, so every name below it grows
+by one `base_layer` for each wrapper. Two raw parameters of one module are two wrappers, the first registered
+innermost. A stack of E experts is flat:
 
     lora_A [E·r, in], expert slowest          lora_B [out, r·E], expert fastest
 """
@@ -77,7 +78,7 @@ def unpack(model: nn.Module, unit: Unit, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
 
 def _swapped(model: nn.Module, unit: Unit) -> bool:
-    """PEFT takes a raw matrix for `[out, in]`, a stack for `[…, in, out]` if the module says `is_transposed`; we know its use."""
+    """PEFT takes a raw matrix for `[out, in]`, a stack for what the module's `is_transposed` says; we know its use."""
     theirs = unit.site.copies is not None and bool(getattr(model.get_submodule(unit.site.host), "is_transposed", False))
     return unit.site.transposed != theirs
 

@@ -1,7 +1,7 @@
-"""Which sites PEFT would adapt in a model under a config, by its rules; and the config under which it adapts given sites.
+"""Which sites of a model PEFT would adapt under a config; and the config under which it adapts given sites.
 
-PEFT takes a site by its module (`target_modules`) or by its raw parameter (`target_parameters`). `nn.MultiheadAttention` as a module
-is two sites here, its packed projection and `out_proj`.
+PEFT takes a site by its module (`target_modules`) or by its raw parameter (`target_parameters`).
+`nn.MultiheadAttention` as a module is two sites here, its packed projection and `out_proj`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def saved_modules(model: nn.Module, entries: Sequence[str]) -> list[str]:
 def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
     """The settings of PEFT under which it adapts exactly these `sites` of `model`, with the ranks and scales of `spec`.
 
-    The spec's own targets where they mean the same to PEFT; else last names, whole names, or a regular expression, whichever is exact.
+    The spec's own targets where they mean the same to PEFT; else last names, whole names, or a regular expression,
+    whichever is exact.
     """
     whole = _whole_attentions(spec, sites)
     by_module, parameters, numbers = [], [], {}
@@ -163,7 +164,7 @@ def _module_settings(model: nn.Module, spec: Spec, wanted: list[str]) -> dict[st
 
 
 def _patterns(own: Mapping[str, Any], default: float, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec's patterns if PEFT reads the same out of them, else one entry for each name that differs from the default."""
+    """The spec's patterns if PEFT reads the same out of them, else an entry for each name off the default."""
     first = lambda name: next((value for key, value in own.items() if pattern_hits(key, name)), default)  # noqa: E731
     if all(first(name) == value for name, value in wanted.items()):
         return dict(own)
