@@ -20,6 +20,7 @@ from lrcompile.targeting import is_router, output_heads
 
 aten = torch.ops.aten
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
+_PRODUCTS = (aten.linear.default, aten.addmm.default)
 
 
 def nf4_sites(program: ExportedProgram) -> list[str]:
@@ -38,24 +39,23 @@ def quantize_program(
     """
     tensors, left = Tensors(program), dict(recipes)
     spared = output_heads(model)
-    for node in list(program.graph.nodes):
-        if node.target not in (aten.linear.default, aten.addmm.default) or node.kwargs:
+    for weight in list(program.graph.nodes):
+        name = str(tensors.target(weight)).removesuffix(".weight")
+        products = list(weight.users)
+        if name in spared or not _may_store(model, name) or not all(_is_product(node, weight) for node in products):
             continue
-        x, weight, bias = _operands(node)
-        target = tensors.target(weight)
-        name = str(target).removesuffix("_adapted").removesuffix(".weight")
-        if target is None or len(weight.users) != 1 or name in spared or not _may_store(model, name):
-            continue
-        recipe = left.pop(target, None)
-        value = recipe() if recipe else tensors.get(weight)
-        transposed = node.target is aten.addmm.default
-        _store(program, tensors, node, x, bias, weight, value, block_size, transposed)
+        recipe = left.pop(tensors.targets[weight.name], None)
+        _store(program, tensors, weight, recipe() if recipe else tensors.get(weight), products, block_size)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.graph_module.recompile()
     if not nf4_sites(program):
         raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
     return left
+
+
+def _is_product(node: fx.Node, weight: fx.Node) -> bool:
+    return node.target in _PRODUCTS and not node.kwargs and _operands(node)[1] is weight
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
@@ -76,24 +76,27 @@ def _may_store(model: nn.Module, name: str) -> bool:
 
 
 def _store(
-    program: ExportedProgram, tensors: Tensors, node: fx.Node, x: Any, bias: Any, weight: fx.Node, value: torch.Tensor,
-    block_size: int, transposed: bool,
+    program: ExportedProgram, tensors: Tensors, weight: fx.Node, value: torch.Tensor, products: list[fx.Node],
+    block_size: int,
 ) -> None:  # fmt: skip
+    target = tensors.targets[weight.name]
     try:
         nf4 = quantize_nf4(value, block_size)  # double quantization too: the same numbers as `lrcompile.quantize`
     except ValueError as error:
-        raise ExportError(f"{tensors.target(weight)} cannot be stored as NF4: {error}") from error
-    target = tensors.targets[weight.name]
+        raise ExportError(f"{target} cannot be stored as NF4: {error}") from error
     codes = tensors.add(f"{target}_codes", nf4.codes, weight)
     absmax = tensors.add(f"{target}_absmax", decode_absmax(nf4), weight)
-    in_features, out_features = value.shape if transposed else value.shape[::-1]
-    with program.graph.inserting_before(node):
-        stored = program.graph.call_function(
-            NF4_LINEAR,
-            (x, codes, absmax, None, None, bias, out_features, in_features, block_size, transposed, value.dtype),
-        )
-    stored.meta = dict(node.meta)
-    substitute(program, node, stored)
+    for node in products:
+        x, _, bias = _operands(node)
+        transposed = node.target is aten.addmm.default
+        in_features, out_features = value.shape if transposed else value.shape[::-1]
+        with program.graph.inserting_before(node):
+            stored = program.graph.call_function(
+                NF4_LINEAR,
+                (x, codes, absmax, None, None, bias, out_features, in_features, block_size, transposed, value.dtype),
+            )
+        stored.meta = dict(node.meta)
+        substitute(program, node, stored)
 
 
 def spell_out_adapted(program: ExportedProgram, into: torch.dtype) -> dict[str, Recipe]:

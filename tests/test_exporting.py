@@ -163,6 +163,25 @@ def test_quantizing_the_copy_gives_the_codes_of_quantizing_the_model(tmp_path):
     assert np.array_equal(_run(first.path, input=_x(5)), _run(second.path, input=_x(5)))
 
 
+def test_a_layer_called_twice_is_quantized_once_and_a_shared_one_not_at_all(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.out = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+            self.table = nn.Embedding(OUT, IN)
+            self.tied = nn.Linear(IN, OUT)
+            self.tied.weight = self.table.weight
+
+        def forward(self, x):
+            y = self.step(self.step(x).tanh()).tanh()
+            return self.out(y) + self.tied(y) + self.table(torch.zeros(1, dtype=torch.long)).sum()
+
+    exported = lrcompile.export(Recurrent(), tmp_path / "m.onnx", (_x(4),), quantize="nf4")
+    assert exported.manifest["nf4"] == ["step", "out"]
+    assert _ops(exported.path).count("MatMulBnb4") == 3
+    assert exported.verify((_x(9),)).ok
+
+
 class Awkward(nn.Module):
     """Uses what a linear map returns a second time, as only the unadapted map would."""
 
