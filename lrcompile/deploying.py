@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import ExportError
-from lrcompile.folding import LOOKUP, LORA, Recipe, fold_adapters, site_of
+from lrcompile.folding import ADAPTERS, Recipe, fold_adapters, site_of
 from lrcompile.program_nf4 import nf4_sites, quantize_program, spell_out_adapted
 from lrcompile.programs import Tensors
 
@@ -88,7 +88,7 @@ def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
 
 def _adapted(program: ExportedProgram) -> list[str]:
     tensors = Tensors(program)
-    return list(dict.fromkeys(site_of(node, tensors) for node in program.graph.nodes if node.target in (LORA, LOOKUP)))
+    return list(dict.fromkeys(site_of(node, tensors) for node in program.graph.nodes if node.target in ADAPTERS))
 
 
 def _into(plan: Plan, sites: list[str]) -> torch.dtype:

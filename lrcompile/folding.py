@@ -18,12 +18,15 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
+from lrcompile import dialect_experts as dialect_experts
 from lrcompile.programs import RESHAPES, Tensors, View, substitute
 
 aten = torch.ops.aten
 
 LORA = torch.ops.lrcompile.lora.default
 LOOKUP = torch.ops.lrcompile.lora_embedding.default
+EXPERTS = torch.ops.lrcompile.lora_experts.default
+ADAPTERS = (LORA, LOOKUP, EXPERTS)
 _LINEAR = {aten.linear.default}
 _PRODUCT = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 _SUM_PRODUCT = {aten.addmm.default, aten.baddbmm.default}
@@ -118,7 +121,7 @@ def _next_layer(program: ExportedProgram, tensors: Tensors, folded: Folded, refu
     """The adapters that sit directly on their base; those stacked on another come in the next round."""
     found: list[_Fold] = []
     for node in program.graph.nodes:
-        if node.target not in (LORA, LOOKUP) or node in refused or _is_stacked(node, found):
+        if node.target not in ADAPTERS or node in refused or _is_stacked(node, found):
             continue
         site = site_of(node, tensors)
         try:
@@ -143,6 +146,8 @@ def _through_reshapes(node: Any) -> tuple[Any, list[fx.Node]]:
 
 
 def _match(node: fx.Node, tensors: Tensors) -> _Fold:
+    if node.target is EXPERTS:
+        raise _NotFoldable("its base is a stack of experts, each row's weight chosen by its router")
     y, x, *factors = node.args[:5]
     base, passed = _through_reshapes(y)
     if node.target is LORA and len(node.args) > 5 and node.args[5]:

@@ -269,6 +269,20 @@ def test_transformers_models_export_with_their_names_and_any_batch_and_length(tm
 
 
 @pytest.mark.slow
+def test_adapters_of_experts_stay_beside_the_stack_and_are_named(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=99, num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = _adapted(transformers.MixtralForCausalLM(config), targets=["gate_up_proj", "down_proj", "q_proj"])
+    exported = lrcompile.export(model, tmp_path / "m.onnx", {"input_ids": _batch(2, 7)["input_ids"]})
+    experts = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    assert list(exported.manifest["adapters"]["inline"]) == experts
+    assert exported.manifest["adapters"]["folded"] == ["model.layers.0.self_attn.q_proj"]
+    assert exported.verify().ok
+
+
+@pytest.mark.slow
 def test_caches_and_experts_are_set_aside_only_while_exporting(tmp_path):
     sizes = {"vocab_size": 99, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
     mixture = transformers.MixtralForCausalLM(
