@@ -78,7 +78,7 @@ class VerifyPart:
     them against eager NF4.
     """
 
-    examples: int = 32
+    examples: int = 16
     bound_ratio: float = 16.0
     adapter_relative_error: float = 0.05
 

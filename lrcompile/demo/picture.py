@@ -31,8 +31,8 @@ def draw(rows: list[Row], majority: float, path: Path) -> None:
     accuracy.axvline(100 * majority, color="grey", linestyle=":", linewidth=1)
     accuracy.annotate("most frequent class", (100 * majority, 1.0), xycoords=("data", "axes fraction"), fontsize=8,
                       color="grey", ha="center", va="bottom")  # fmt: skip
-    accuracy.set(title="Test accuracy, %", xlim=(0, 112))
-    accuracy.title.set_position((0.5, 1.06))
+    accuracy.set_xlim(0, 112)
+    accuracy.set_title("Test accuracy, %", pad=20)
     accuracy.set_yticks(places, [row.title for row in rows])
     accuracy.invert_yaxis()
 
@@ -54,14 +54,15 @@ def draw(rows: list[Row], majority: float, path: Path) -> None:
         error.scatter(
             *zip(*shown, strict=True) if shown else ([], []), marker=marker, color=colour, label=label, zorder=3
         )
-    error.set(title="Error (log scale)", xscale="log")
+    error.set_xscale("log")
+    error.set_title("Error (log scale)", pad=20)
     error.grid(axis="x", color="#e5e5e5")
     error.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
 
     _bars(size, [row.size_bytes / 2**20 for row in rows], "{:.0f}", _INK)
-    size.set_title("Files, MiB")
+    size.set_title("Files, MiB", pad=20)
     _bars(latency, [row.latency_ms for row in rows], "{:.0f}", _INK)
-    latency.set_title("Latency, ms a batch")
+    latency.set_title("Latency, ms a batch", pad=20)
     for axes in (accuracy, error, size, latency):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

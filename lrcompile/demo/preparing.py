@@ -59,7 +59,9 @@ def prepare(pipeline: Pipeline) -> Prepared:
         tokenizer=tokenizer,
         train=train,
         test=test,
-        batches=schedule(len(train), pipeline.train.batch_size, pipeline.train.epochs, pipeline.train.seed),
+        batches=schedule(
+            [len(row) for row in train.rows], pipeline.train.batch_size, pipeline.train.epochs, pipeline.train.seed
+        ),
         model=model,
         base_bytes=sum(each.stat().st_size for each in weights),
         named=Card(absolute, labels, part.max_length),

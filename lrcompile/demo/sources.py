@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def locate(model: str) -> tuple[str, bool]:
     """`(path or hub id, may the network be used)`. Raises `ModelError` if `model` is none of the three forms."""
     if model.startswith(PACKAGE):
         return str(_in_package(model.removeprefix(PACKAGE))), False
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return str(Path(model)), False
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model):
         return model, True
@@ -115,10 +116,12 @@ def weight_files(model: str) -> list[Path]:
 
 
 def quiet() -> None:
-    """Silence the loading bars and advice of `transformers`: a run shows its own progress."""
+    """Silence the loading bars and advice of libraries: a run shows its own progress."""
     transformers = require("transformers", "hf")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # torch.export deep-copies tree specs of its own that torch 2.13 calls deprecated: nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
 
 
 def _read(model: str, read: Any, where: str, online: bool, **options: Any) -> Any:

@@ -6,6 +6,7 @@ rate that rises over the first tenth of the steps and falls linearly to zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lrcompile.demo.model import TextClassifier, pad
 
 Tick = Callable[[int, float], None]  # (step from 1, loss)
+SORTED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,28 @@ class Examples:
         return torch.tensor([self.labels[i] for i in indices])
 
     def batches(self, size: int) -> Iterator[list[int]]:
-        """All indices in order, `size` at a time."""
+        """All indices, `size` at a time, from short texts to long: a batch is as wide as its longest text."""
+        order = sorted(range(len(self)), key=lambda i: len(self.rows[i]))
         for start in range(0, len(self), size):
-            yield list(range(start, min(start + size, len(self))))
+            yield order[start : start + size]
 
 
-def schedule(examples: int, batch_size: int, epochs: float, seed: int) -> list[list[int]]:
-    """The batches of a run, as indices: `epochs` passes (a fraction ends early), each reshuffled."""
+def schedule(lengths: list[int], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """The batches of a run, as indices: `epochs` passes (a fraction ends early), each reshuffled.
+
+    Texts meet others of like length, which saves about half of the computation on padding: each `SORTED_TOGETHER`
+    batches of a shuffled pass are sorted among themselves, and all come in random order.
+    """
     generator = torch.Generator().manual_seed(seed)
-    per_epoch = -(-examples // batch_size)
-    steps = max(1, round(epochs * per_epoch))
+    steps = max(1, round(epochs * -(-len(lengths) // batch_size)))
     batches: list[list[int]] = []
     while len(batches) < steps:
-        order = torch.randperm(examples, generator=generator).tolist()
-        batches += [order[start : start + batch_size] for start in range(0, examples, batch_size)]
+        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+        order: list[int] = []
+        for start in range(0, len(shuffled), SORTED_TOGETHER * batch_size):
+            order += sorted(shuffled[start : start + SORTED_TOGETHER * batch_size], key=lambda i: lengths[i])
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches += [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
     return batches[:steps]
 
 
@@ -92,12 +102,12 @@ def fit_adapter(
 
 def encode_once(model: TextClassifier, examples: Examples, size: int, tick: Tick) -> Tensor:
     """The frozen encoder's output for every example, [examples, d], float32: no step of the baseline changes it."""
-    chunks = []
+    features = torch.empty(len(examples), model.head.in_features)
     with torch.no_grad():
         for step, indices in enumerate(examples.batches(size), start=1):
-            chunks.append(model.pooled(**examples.batch(indices)))
-            tick(step, float("nan"))
-    return torch.cat(chunks)
+            features[indices] = model.pooled(**examples.batch(indices))
+            tick(step, math.nan)
+    return features
 
 
 def fit_head(
