@@ -314,7 +314,6 @@ def test_links_out_of_a_case_are_refused(case: Path, tmp_path: Path) -> None:
         {"config": {"auto_map": {"AutoModel": "evil--code.Model"}}},
         {"config": {"nested": {"quantization_config": {"quant_method": "evil"}}}},
         {"config": {"num_hidden_layers": 10**9}},
-        {"config": {"hidden_size": 3 * 10**5, "num_attention_heads": 3}},
         {"config": {"hidden_size": "x"}},
         {"config": {"num_hidden_layers": 3}},
     ],
@@ -329,6 +328,14 @@ def test_a_configuration_that_leads_elsewhere_or_is_too_large_is_refused(
     edit(folder, model=merged)
     with pytest.raises(VerificationError):
         golden.check(folder)
+
+
+def test_a_configuration_far_larger_than_its_tensors_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    golden.record(tmp_path, bert(), tokens(), reason="an encoder")
+    stored = json.loads((tmp_path / MANIFEST).read_text())["model"]
+    edit(tmp_path, model={**stored, "config": {**stored["config"], "hidden_size": 3 * 10**4}})
+    with pytest.raises(VerificationError, match="makes a model of"):
+        golden.check(tmp_path)
 
 
 def test_a_folder_without_cases_says_so(tmp_path: Path) -> None:
