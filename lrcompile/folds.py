@@ -4,7 +4,7 @@ for a while.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -43,9 +43,11 @@ def exchange(host: nn.Module, slot: str, new: Held) -> Held:
         device = parameter.device
         old = Held(data=parameter.data)
         if new.data is not None:
-            parameter.data = new.data.to(device)
+            parameter.data = new.data.to(parameter)  # the model may have been cast or moved since
     if new.codes is not None:
         codes, layout = new.codes
+        if isinstance(old.data, Tensor):
+            layout = replace(layout, dtype=old.data.dtype)
         attach(host, Nf4(*(tensor if tensor is None else tensor.to(device) for tensor in codes)), layout)
     return old
 

@@ -270,7 +270,7 @@ def _restore(model: nn.Module, state: State) -> None:
             continue
         host = model.get_submodule(site.host)
         if fold.shared is not None:
-            fold.shared.data = fold.shared.data.to(model.get_parameter(site.parameter).device)
+            fold.shared.data = fold.shared.data.to(model.get_parameter(site.parameter))
             host._parameters[site.slot] = fold.shared
         else:
             exchange(host, site.slot, fold.base)
