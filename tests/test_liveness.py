@@ -1,0 +1,114 @@
+"""The first optimizer step looks for tensors no gradient reached, and names them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+from lrcompile import liveness
+
+
+class Model(nn.Module):
+    """`unused` is never called; `drop` skips the last layers that often."""
+
+    def __init__(self, drop: float = 0.0, key: str = "layerdrop"):
+        super().__init__()
+        self.a, self.unused = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+        setattr(self, key, drop)
+        self.drop = drop
+
+    def forward(self, x):
+        x = self.a(x)
+        for layer in self.layers:
+            if not self.training or torch.rand(()) >= self.drop:
+                x = x + layer(x)
+        return x
+
+
+def trained(model: nn.Module, targets, steps=1, **kw):
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=targets))
+    optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01, **kw)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(3, 5)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def dead_rows(model) -> set[str]:
+    return {row.name for row in lrcompile.report(model).sites if row.dead}
+
+
+def test_a_tensor_no_gradient_reaches_is_named_at_the_first_step():
+    model = Model()
+    with pytest.raises(lrcompile.TargetError, match=r"unused\.lrcompile_adapters\.weight\.default\.A") as caught:
+        trained(model, ["a", "unused"])
+    assert "a.lrcompile" not in str(caught.value).replace("unused.lrcompile", "")
+    assert "2 adapter tensors" in str(caught.value)
+    assert dead_rows(model) == {"unused"}
+
+
+def test_nothing_is_updated_by_the_step_that_finds_it():
+    model = Model()
+    before = {}
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["a", "unused"]))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01)
+    model(torch.randn(3, 5)).sum().backward()
+    with pytest.raises(lrcompile.TargetError):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_whose_adapters_are_all_reached_trains_and_the_report_says_so():
+    model = Model()
+    trained(model, ["a"], steps=3)
+    assert [row.dead for row in lrcompile.report(model).sites if row.adapted] == [False]
+
+
+def test_before_anybody_looked_the_report_does_not_claim_to_know():
+    model = lrcompile.apply(Model(), lrcompile.spec("lora", rank=2, targets=["a"]))
+    assert [row.dead for row in lrcompile.report(model).sites if row.adapted] == [None]
+
+
+@pytest.mark.parametrize("key", ["layerdrop", "encoder_layerdrop", "decoder_layerdrop"])
+def test_dropped_layers_are_waited_for(key):
+    model = Model(0.6, key)
+    trained(model, ["a", "layers.0", "layers.1", "layers.2"], steps=liveness.PATIENCE)
+    assert dead_rows(model) == set()
+
+
+def test_patience_ends():
+    model = Model(0.3)
+    with pytest.raises(lrcompile.TargetError, match="unused"):
+        trained(model, ["a", "unused"], steps=liveness.PATIENCE)
+
+
+def test_a_gradient_of_zeros_is_a_gradient():
+    """At B = 0 that of A is zero, as is that of an expert which received no token."""
+    model = Model()
+    trained(model, ["a"])
+    assert not model.a.lrcompile_adapters["weight"]["default"].A.grad.any()
+
+
+def test_no_grad_is_a_path_no_gradient_takes():
+    class Frozen(Model):
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.unused(x)
+            return self.a(x)
+
+    with pytest.raises(lrcompile.TargetError, match="unused"):
+        trained(Frozen(), ["a", "unused"])
+
+
+def test_only_what_trains_is_looked_at():
+    model = Model()
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["unused"]), name="old")
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["a"]), name="new")
+    optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01)
+    model(torch.randn(3, 5)).sum().backward()
+    optimizer.step()

@@ -1,0 +1,119 @@
+"""lrcompile.optimizer is a real torch optimizer over what trains."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+
+
+def model() -> nn.Module:
+    return lrcompile.apply(
+        nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)), lrcompile.spec("lora", rank=2, bias="all", seed=0)
+    )
+
+
+def train(m, optimizer, steps=3, scheduler=None):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        m(torch.randn(4, 6, generator=g)).square().mean().backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+
+
+def test_it_holds_exactly_what_trains():
+    m = model()
+    optimizer = lrcompile.optimizer(m, torch.optim.AdamW, lr=1e-2, weight_decay=0.3)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in m.parameters() if p.requires_grad}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_it_trains_the_adapter_and_leaves_the_base():
+    m = model()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    train(m, lrcompile.optimizer(m, torch.optim.AdamW, lr=1e-2))
+    changed = {k for k, v in m.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {k for k, p in m.named_parameters() if p.requires_grad}
+
+
+def test_its_state_survives_a_checkpoint_loaded_with_weights_only(tmp_path):
+    runs = []
+    for interrupted in (False, True):
+        m = model()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, p in m.named_parameters():
+                if "lrcompile" not in name:
+                    p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape))
+        optimizer = lrcompile.optimizer(m, torch.optim.AdamW, lr=1e-2)
+        train(m, optimizer, 2)
+        if interrupted:
+            torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+            optimizer = lrcompile.optimizer(m, torch.optim.AdamW, lr=1e-2)
+            optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+        train(m, optimizer, 2)
+        runs.append([p.detach().clone() for p in m.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_schedulers_and_closures_work():
+    m = model()
+    optimizer = lrcompile.optimizer(m, torch.optim.SGD, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    train(m, optimizer, 2, scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    lbfgs = lrcompile.optimizer(m, torch.optim.LBFGS, lr=0.1)
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = m(torch.ones(2, 6)).square().mean()
+        loss.backward()
+        return loss
+
+    assert lbfgs.step(closure) is not None
+
+
+def test_any_callable_that_makes_an_optimizer_will_do():
+    optimizer = lrcompile.optimizer(model(), functools.partial(torch.optim.AdamW, eps=1e-6), lr=1e-3)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: nn.ModuleDict({"inner": m})])
+def test_the_model_may_be_wrapped_by_now(wrap):
+    m = model()
+    optimizer = lrcompile.optimizer(wrap(m), torch.optim.SGD, lr=0.1)
+    train(m, optimizer, 1)
+
+
+def test_accelerate_prepares_it():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    m = model()
+    prepared, optimizer = accelerator.prepare(m, lrcompile.optimizer(m, torch.optim.AdamW, lr=1e-2))
+    before = m[0].lrcompile_adapters["weight"]["default"].B.detach().clone()
+    optimizer.zero_grad()
+    accelerator.backward(prepared(torch.randn(4, 6)).square().mean())
+    optimizer.step()
+    assert not torch.equal(m[0].lrcompile_adapters["weight"]["default"].B, before)
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(lrcompile.AdapterError, match=r"lrcompile\.apply"):
+        lrcompile.optimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1)
+
+
+def test_a_model_in_which_nothing_trains_is_refused():
+    m = nn.Sequential(nn.Linear(6, 7))
+    lrcompile.apply(m, lrcompile.spec("lora", rank=2))
+    lrcompile.activate(m, "default", train=[])
+    with pytest.raises(lrcompile.AdapterError, match="train=name"):
+        lrcompile.optimizer(m, torch.optim.SGD, lr=0.1)
