@@ -113,7 +113,8 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--targets", metavar="NAMES", help="all-linear, names or name endings with commas, or re:EXPRESSION"
     )
     parser.add_argument("--epochs", type=float, help="passes over the training texts; may be a fraction")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the adapter")
+    parser.add_argument("--head-lr", type=float, help="that of the new head, in the frozen baseline too")
     parser.add_argument("--batch-size", type=int, metavar="N")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", metavar="DIR", help="folder of the results, written all or nothing")

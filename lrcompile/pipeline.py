@@ -54,18 +54,19 @@ class DataPart:
 
 @dataclass(frozen=True)
 class TrainPart:
-    """`epochs` may be a fraction. The frozen baseline takes as many steps, at its own rate: a head alone needs a
-    larger one.
+    """`epochs` may be a fraction. `lr` is the adapter's peak rate, `head_lr` the head's: it starts from random numbers.
+
+    The frozen baseline takes as many steps on the same batches, at `head_lr`.
     """
 
     epochs: float = 2.0
     batch_size: int = 32
-    lr: float = 1e-3
-    baseline_lr: float = 3e-2
+    lr: float = 2e-3
+    head_lr: float = 1e-2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "baseline_lr"):
+        for name in ("epochs", "lr", "head_lr"):
             value = getattr(self, name)
             _check(f"train.{name}", value, _real(value) and value > 0, "a number above 0")
         _check("train.batch_size", self.batch_size, _whole(self.batch_size, 1), "a whole number of at least 1")

@@ -142,13 +142,27 @@ def test_demo_without_options_is_the_default_pipeline() -> None:
 def test_every_option_reaches_its_field() -> None:
     made = options(
         *("--model", "m", "--data", "d.csv", "--limit", "50", "--max-length", "17", "--method", "qlora", "--rank", "5"),
-        *("--alpha", "7", "--targets", "query, value", "--epochs", "0.5", "--lr", "0.01", "--batch-size", "6"),
+        *(
+            "--alpha",
+            "7",
+            "--targets",
+            "query, value",
+            "--epochs",
+            "0.5",
+            "--lr",
+            "0.01",
+            "--head-lr",
+            "0.02",
+            "--batch-size",
+            "6",
+        ),
         *("--seed", "9", "--out", "o"),
     )
     assert (made.model, made.data.source, made.data.limit, made.data.max_length) == ("m", "d.csv", 50, 17)
     assert (made.spec.method, made.spec.rank, made.spec.alpha, made.spec.seed) == ("qlora", 5, 7.0, 9)
     assert made.spec.targets == ("query", "value")
     assert (made.train.epochs, made.train.lr, made.train.batch_size, made.train.seed) == (0.5, 0.01, 6, 9)
+    assert made.train.head_lr == 0.02
     assert made.out == "o"
     assert options("--targets", "re:.*query").spec.targets == ".*query"
     assert options("--targets", "all-linear").spec.targets == "all-linear"

@@ -26,7 +26,7 @@ from lrcompile.demo.preparing import prepare
 from lrcompile.demo.rungs import RUNGS
 from lrcompile.demo.sources import ModelError, load_encoder, load_tokenizer, locate
 from lrcompile.demo.tiny import write_tiny_bert
-from lrcompile.demo.training import Examples, encode_once, fit_head, schedule
+from lrcompile.demo.training import Examples, encode_once, fit_head, give_own_rate, schedule
 from lrcompile.pipeline import DataPart, Pipeline, PipelineError, TrainPart, VerifyPart
 from lrcompile.quantizing import is_nf4
 
@@ -261,6 +261,18 @@ def test_the_baseline_trains_the_head_and_nothing_else(tiny: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith("head."))
+
+
+def test_the_head_gets_a_rate_of_its_own(tiny: Path) -> None:
+    model = lrcompile.apply(classifier(tiny), lrcompile.spec("lora", rank=2, train_modules=["head"]))
+    optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=0.1)
+    everything = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    head = list(model.get_submodule("head").parameters())
+    give_own_rate(optimizer, head, 0.3)
+    first, second = optimizer.param_groups
+    assert (first["lr"], second["lr"]) == (0.1, 0.3)
+    assert {id(parameter) for parameter in second["params"]} == {id(parameter) for parameter in head}
+    assert {id(parameter) for parameter in [*first["params"], *second["params"]]} == everything
 
 
 # the line

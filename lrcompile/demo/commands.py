@@ -38,7 +38,9 @@ def from_options(given: Namespace) -> Pipeline:
     """The default pipeline with every option that was given in its place."""
     start = Pipeline()
     data = _given(source=given.data, limit=given.limit, max_length=given.max_length)
-    training = _given(epochs=given.epochs, lr=given.lr, batch_size=given.batch_size, seed=given.seed)
+    training = _given(
+        epochs=given.epochs, lr=given.lr, head_lr=given.head_lr, batch_size=given.batch_size, seed=given.seed
+    )
     fields = _given(method=given.method, rank=given.rank, alpha=given.alpha, seed=given.seed)
     fields |= _given(targets=names(given.targets) if given.targets else None)
     whole = _given(model=given.model, out=given.out)

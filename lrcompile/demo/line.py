@@ -21,7 +21,7 @@ from lrcompile.demo.preparing import RESULT, Prepared, prepare, write_test
 from lrcompile.demo.rungs import ADAPTED, FP32_ONNX, INLINE_ONNX, MERGED, NF4, NF4_ONNX, RUNGS
 from lrcompile.demo.showing import Show
 from lrcompile.demo.table import table
-from lrcompile.demo.training import encode_once, fit_adapter, fit_head
+from lrcompile.demo.training import encode_once, fit_adapter, fit_head, give_own_rate
 from lrcompile.errors import require
 from lrcompile.pipeline import Pipeline
 from lrcompile.recipes import recipe
@@ -95,7 +95,7 @@ class _Line:
         return self.conclude(measured, checked, loss_of_merge, losses)
 
     def train_baseline(self) -> list[float]:
-        ready, rate = self.ready, self.pipeline.train.baseline_lr
+        ready, rate = self.ready, self.pipeline.train.head_lr
         model = copy.deepcopy(self.untrained)
         chunks = -(-len(ready.train) // len(ready.batches[0]))
         with self.show.steps("encoding once for the frozen baseline", chunks) as tick:
@@ -113,6 +113,7 @@ class _Line:
         base: Any = lrcompile.remove(copy.deepcopy(self.trained)) if self.quantized_base else self.untrained
         save_classifier(self.folder / "base", base, ready.tokenizer, ready.named)
         optimizer = lrcompile.optimizer(self.trained, torch.optim.AdamW, lr=part.lr, weight_decay=0.0)
+        give_own_rate(optimizer, list(self.trained.head.parameters()), part.head_lr)
         with self.show.steps(f"training with {self.pipeline.spec.method}", len(ready.batches)) as tick:
             losses = fit_adapter(self.trained, optimizer, ready.train, ready.batches, tick)
         lrcompile.save(self.trained, self.folder / "adapter")

@@ -86,6 +86,17 @@ def fit(
     return losses
 
 
+def give_own_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:
+    """Move those of `parameters` that `optimizer` trains into a group of their own, with its own learning rate."""
+    wanted = {id(parameter) for parameter in parameters}
+    moved = []
+    for group in optimizer.param_groups:
+        moved += [parameter for parameter in group["params"] if id(parameter) in wanted]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+    if moved:
+        optimizer.add_param_group({"params": moved, "lr": lr})
+
+
 def fit_adapter(
     model: TextClassifier, optimizer: torch.optim.Optimizer, examples: Examples, batches: list[list[int]], tick: Tick
 ) -> list[float]:
