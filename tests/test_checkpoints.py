@@ -450,12 +450,23 @@ def test_a_claim_that_cannot_be_is_refused(saved: Path, change: dict[str, Any]):
     refused(saved, WEIGHTS)
 
 
-def test_tensors_that_overlap_are_refused(saved: Path):
-    header, data = header_of(saved / WEIGHTS)
+def test_tensors_that_overlap_leave_a_hole_or_do_not_fill_the_file_are_refused_by_their_header(saved: Path):
+    path = saved / WEIGHTS
+    header, data = header_of(path)
     first, second = [key for key in header if header[key].get("shape") in ([3], [13])][:2]
-    header[second] = header[first]
-    with_header(saved / WEIGHTS, json.dumps(header).encode(), data)
-    refused(saved, "overlap|leave a hole|padded")
+    for change in (
+        {second: header[first]},
+        {first: ...},
+        {second: header[second] | {"shape": [1], "data_offsets": [0, 4]}},
+    ):
+        claims = {key: claim for key, claim in (header | change).items() if claim is not ...}
+        with_header(path, json.dumps(claims).encode(), data)
+        with pytest.raises(AdapterError, match="overlap, or leave a hole"), open_tensors(path):
+            pass
+    for more in (data + b"\0", data[:-1]):
+        with_header(path, json.dumps(header).encode(), more)
+        with pytest.raises(AdapterError, match="truncated or padded"), open_tensors(path):
+            pass
 
 
 def test_more_tensors_than_any_adapter_has_are_refused(tmp_path: Path):

@@ -314,6 +314,48 @@ def test_what_peft_writes_of_a_targeted_embedding_is_checked_against_the_base(tm
         lrcompile.load(other, tmp_path)
 
 
+class Wide(nn.Module):
+    """An attention whose keys and values have widths of their own: PEFT reaches it by its parameters only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x[..., :6], x[..., 1:6], need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "fields", "x"),
+    [
+        (Mixed, {"targets": "all-linear", "exclude": ["head"], "dropout": 0.5, "rank_pattern": {r"1\.0": 2}}, ids(11)),
+        (Mixed, {"targets": r"layers\.\d\.[02]", "layers": [1, 2], "exclude": ["2.0"]}, ids(11)),
+        (
+            Wide,
+            {"targets": ["q_proj_weight", "v_proj_weight", "k_proj_weight"], "rank_pattern": {"k_proj_weight": 2}},
+            8,
+        ),
+        (experts, {"targets": "all-linear", "dropout": 0.25, "alpha_pattern": {"down_proj": 2}}, ids()),
+        (llama, {"targets": "all-linear", "layers": [1], "bias": "all", "train_modules": ["norm"]}, ids()),
+        (gpt2, {"targets": "all-linear", "alpha_pattern": {r"0\.attn\.c_proj": 3}}, ids()),
+    ],
+    ids=["raw and linear", "layers", "wide attention", "experts", "llama", "Conv1D"],
+)
+def test_what_was_applied_here_is_the_same_in_peft(build: Any, fields: dict[str, Any], x: Any, tmp_path: Path):
+    x = torch.randn(2, 5, x, dtype=torch.float64) if isinstance(x, int) else x
+    case = Case(build, {})
+    model = lrcompile.apply(base_of(case, torch.float64), lrcompile.spec("lora", rank=4, alpha=5, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    lrcompile.save(model.eval(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base_of(case, torch.float64), tmp_path, autocast_adapter_dtype=False)
+    close(out(theirs.eval(), x), out(model, x))
+    (tmp_path / "lrcompile.json").unlink()
+    close(out(lrcompile.load(base_of(case, torch.float64), tmp_path), x), out(model, x))
+
+
 def test_several_adapters_are_where_peft_looks_for_them(tmp_path: Path):
     model = base_of(CASES["linear"], torch.float64)
     x = ids()

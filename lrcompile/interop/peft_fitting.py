@@ -11,9 +11,9 @@ from torch import nn
 from lrcompile import sites
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.interop.peft_config import names_in, numbers_from_peft, settings_of, spec_from_peft
-from lrcompile.interop.peft_matching import Unit, module_names, rank_and_alpha, saved_modules, units
+from lrcompile.interop.peft_matching import Unit, module_names, patterns_for, rank_and_alpha, saved_modules, units
 from lrcompile.matching import Matched, match
-from lrcompile.specs import Spec, pattern_hits
+from lrcompile.specs import Spec
 from lrcompile.targeting import hits
 
 
@@ -34,10 +34,10 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
     names = [unit.site.name for unit in adapted]
     fields["train_modules"] = _train_modules(model, fields["train_modules"])
     numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
-    fields["rank_pattern"] = _patterns(
+    fields["rank_pattern"] = patterns_for(
         fields["rank_pattern"], fields["rank"], {name: rank for name, (rank, _) in numbers.items()}
     )
-    fields["alpha_pattern"] = _patterns(
+    fields["alpha_pattern"] = patterns_for(
         fields["alpha_pattern"], fields["alpha"], {name: alpha for name, (_, alpha) in numbers.items()}
     )
     for targets in (
@@ -45,7 +45,8 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
         lambda _: {"targets": tuple(names)},
         lambda _: {"targets": "|".join(map(re.escape, names))},
     ):
-        if found := _matched(model, lambda: fields | targets(data), names):  # noqa: B023 (called at once)
+        found = _matched(model, fields, data, targets, names)
+        if found is not None:
             spec, matched = found
             by_name = {unit.site.name: unit for unit in adapted}
             return spec, [by_name[site.name] for site in matched.hit], matched
@@ -59,10 +60,16 @@ def by_parameter(config: Mapping[str, Any], hit: Sequence[sites.Site]) -> list[U
     return [Unit(site, site.name in chosen, site.parameter if site.name in chosen else site.host) for site in hit]
 
 
-def _matched(model: nn.Module, fields: Callable[[], dict[str, Any]], names: list[str]) -> tuple[Spec, Matched] | None:
+def _matched(
+    model: nn.Module,
+    fields: dict[str, Any],
+    data: Mapping[str, Any],
+    targets: Callable[[Mapping[str, Any]], dict[str, Any]],
+    names: list[str],
+) -> tuple[Spec, Matched] | None:
     """The spec and what it matches, if that is just the sites called `names`."""
     try:
-        spec = Spec.from_dict(fields())
+        spec = Spec.from_dict(fields | targets(data))
         matched = match(model, spec, allow_high_rank=True)
     except SpecError:
         return None  # these words mean something else here, or nothing; the next candidate is tried
@@ -80,11 +87,3 @@ def _train_modules(model: nn.Module, entries: Sequence[str]) -> tuple[str, ...]:
     kept = tuple(entry for entry in entries if any(hits((entry,), name) for name in theirs))
     ours = [name for name in module_names(model) if hits(kept, name)]
     return kept if ours == theirs else tuple(theirs)
-
-
-def _patterns(own: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    first = lambda name: next((value for key, value in own.items() if pattern_hits(key, name)), default)  # noqa: E731
-    useful = all(any(pattern_hits(key, name) for name in wanted) for key in own)
-    if useful and all(first(name) == value for name, value in wanted.items()):
-        return dict(own)
-    return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}

@@ -81,16 +81,19 @@ def module_hit(config: Mapping[str, Any], name: str) -> bool:
 
 
 def rank_and_alpha(config: Mapping[str, Any], unit: Unit) -> tuple[int, float]:
-    first = lambda patterns, default: next((v for k, v in patterns.items() if pattern_hits(k, unit.key)), default)  # noqa: E731
-    return (
-        first(config.get("rank_pattern") or {}, config.get("r", 8)),
-        first(config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)),
-    )
+    rank = _first(config.get("rank_pattern") or {}, unit.key, config.get("r", 8))
+    return rank, _first(config.get("alpha_pattern") or {}, unit.key, config.get("lora_alpha", 8))
 
 
 def saved_modules(model: nn.Module, entries: Sequence[str]) -> list[str]:
     """Modules that `modules_to_save` means: PEFT compares ends of names, dots or not."""
     return [name for name in module_names(model) if any(name.endswith(entry) for entry in entries)]
+
+
+def modules_to_save_for(model: nn.Module, entries: Sequence[str]) -> list[str]:
+    """Entries by which PEFT trains what `entries` mean here: to it, "norm" would also mean a "layernorm"."""
+    ours = [name for name in module_names(model) if _ends(name, entries)]
+    return list(entries) if saved_modules(model, entries) == ours else ours
 
 
 def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
@@ -111,19 +114,19 @@ def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site]) -> dict[str
             by_module.append(key)
         numbers[key] = (spec.rank_of(site.name), spec.alpha_of(site.name))
     wanted = list(dict.fromkeys(by_module))
-    settings = _module_settings(model, spec, wanted)
+    saved = modules_to_save_for(model, spec.train_modules)
+    settings = _module_settings(model, spec, wanted, saved) | {"modules_to_save": saved or None}
     settings["target_parameters"] = parameters or None
-    settings["rank_pattern"] = _patterns(
+    settings["rank_pattern"] = patterns_for(
         spec.rank_pattern, spec.rank, {key: rank for key, (rank, _) in numbers.items()}
     )
-    settings["alpha_pattern"] = _patterns(
+    settings["alpha_pattern"] = patterns_for(
         spec.alpha_pattern, spec.alpha, {key: alpha for key, (_, alpha) in numbers.items()}
     )
     settings["fan_in_fan_out"] = not parameters and all(site.kind == "conv1d" for site in sites)
     if parameters:
-        settings["lora_dropout"] = (
-            0.0  # PEFT refuses dropout beside target_parameters; what was trained stands in lrcompile.json
-        )
+        # PEFT refuses dropout beside target_parameters; what was trained with stands in lrcompile.json
+        settings["lora_dropout"] = 0.0
     return settings
 
 
@@ -135,9 +138,8 @@ def _whole_attentions(spec: Spec, sites: Sequence[Site]) -> set[str]:
     return {host for host in hosts if f"{host}.out_proj" in named and alike(f"{host}.{PACKED}", f"{host}.out_proj")}
 
 
-def _module_settings(model: nn.Module, spec: Spec, wanted: list[str]) -> dict[str, Any]:
+def _module_settings(model: nn.Module, spec: Spec, wanted: list[str], saved: list[str]) -> dict[str, Any]:
     every = module_names(model)
-    saved = {"modules_to_save": list(spec.train_modules)}
     own = (
         spec.targets
         if isinstance(spec.targets, str)
@@ -156,19 +158,23 @@ def _module_settings(model: nn.Module, spec: Spec, wanted: list[str]) -> dict[st
             isinstance(targets, str) and settings["layers_to_transform"]
         ):
             continue
-        if [name for name in every if module_hit(settings | saved, name)] == [
+        if [name for name in every if module_hit(settings | {"modules_to_save": saved}, name)] == [
             name for name in every if name in set(wanted)
         ]:
             return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return {"exclude_modules": None, "layers_to_transform": None, "target_modules": wanted}
 
 
-def _patterns(own: Mapping[str, Any], default: float, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec's patterns if PEFT reads the same out of them, else an entry for each name off the default."""
-    first = lambda name: next((value for key, value in own.items() if pattern_hits(key, name)), default)  # noqa: E731
-    if all(first(name) == value for name, value in wanted.items()):
+def patterns_for(own: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns that give each name the value `wanted`: `own` if they do and none is idle, else one for each name."""
+    idle = [key for key in own if not any(pattern_hits(key, name) for name in wanted)]
+    if not idle and all(_first(own, name, default) == value for name, value in wanted.items()):
         return dict(own)
     return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
+
+
+def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if pattern_hits(key, name)), default)
 
 
 def _all_linear(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
