@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from lrcompile.kernels.nf4_linear import Nf4
@@ -33,10 +34,11 @@ class Fold:
 def exchange(host: nn.Module, slot: str, new: Held) -> Held:
     """Put `new` in the place of the weight's content, which is returned; parameter objects keep their identity."""
     if is_nf4(host):
-        device = host.weight_codes.device  # type: ignore[union-attr]
+        codes = codes_of(host).codes
+        device = codes.device
         old = Held(codes=(codes_of(host), layout_of(host)))
-        data = new.data if new.data is not None else host.weight_codes.new_empty(0)  # type: ignore[operator,union-attr]
-        detach(host, nn.Parameter(data.to(device), requires_grad=False))  # type: ignore[arg-type]
+        data = new.data if new.data is not None else codes.new_empty(0)
+        detach(host, nn.Parameter(data.to(device), requires_grad=False))
     else:
         parameter = host._parameters[slot]
         assert parameter is not None
@@ -45,10 +47,8 @@ def exchange(host: nn.Module, slot: str, new: Held) -> Held:
         if new.data is not None:
             parameter.data = new.data.to(parameter)  # the model may have been cast or moved since
     if new.codes is not None:
-        codes, layout = new.codes
-        if isinstance(old.data, Tensor):
-            layout = replace(layout, dtype=old.data.dtype)
-        attach(host, Nf4(*(tensor if tensor is None else tensor.to(device) for tensor in codes)), layout)
+        nf4, layout = new.codes
+        attach(host, _moved(nf4, device), layout if old.data is None else replace(layout, dtype=old.data.dtype))
     return old
 
 
@@ -57,5 +57,10 @@ def on_host(held: Held) -> Held:
     if held.data is not None:
         return Held(data=held.data.detach().cpu())
     assert held.codes is not None
-    codes, layout = held.codes
-    return Held(codes=(Nf4(*(tensor if tensor is None else tensor.cpu() for tensor in codes)), layout))
+    nf4, layout = held.codes
+    return Held(codes=(_moved(nf4, torch.device("cpu")), layout))
+
+
+def _moved(nf4: Nf4, device: torch.device) -> Nf4:
+    double = (None if tensor is None else tensor.to(device) for tensor in nf4[2:])
+    return Nf4(nf4.codes.to(device), nf4.absmax.to(device), *double)

@@ -79,7 +79,7 @@ def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
         if node.op == "placeholder":
             mapped[node] = next(inputs, None)
         elif node.op == "output":
-            result = mapped[node.args[0]]  # type: ignore[index]
+            result = mapped[node.args[0]]
         else:
             with graph.inserting_after(last):
                 last = graph.node_copy(node, lambda n: mapped[n])

@@ -210,7 +210,7 @@ def _fold(
         row = _measure(site.name, before, folded, delta, into if new is not None else None)
     others = [other for other in owners.get(id(host._parameters.get(site.slot)), ()) if other != site.parameter]
     if others:
-        state.folds[site.name] = Fold(Held(data=before.data), others[0], shared=before)
+        state.folds[site.name] = Fold(Held(data=before.data), others[0], shared=host._parameters[site.slot])
         host._parameters[site.slot] = nn.Parameter(folded, requires_grad=before.requires_grad)
     else:
         state.folds[site.name] = Fold(on_host(exchange(host, site.slot, held)))
@@ -233,7 +233,9 @@ def _folded_nf4(host: nn.Module, into: str) -> tuple[Tensor, _FromCodes]:
     if into != "nf4":
         return values, _FromCodes(values, getattr(torch, into), layout)
     double = codes_of(host).absmax_scale is not None
-    start = base_of(host).to(values.device, torch.float32)
+    base = base_of(host)
+    assert base is not None  # `_check_into` asked
+    start = base.detach().to(values.device, torch.float32)
     return values, _FromCodes(
         start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout)
     )

@@ -31,11 +31,11 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
         _set_mode(model, True)
         for seed in range(PATIENCE if drops_layers(model) else 1):
             _run(model, example_inputs, backward=True, seed=seed)
-            state.dead = tuple(dead_names(model))
-            if not state.dead:
+            dead = state.dead = tuple(dead_names(model))
+            if not dead:
                 break
         else:
-            raise TargetError(dead_message(state.dead))
+            raise TargetError(dead_message(dead))
         _set_mode(model, False)
         if state.sites[name][0].graph is None and any(
             "weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]

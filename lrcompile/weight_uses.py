@@ -117,12 +117,13 @@ def _product(user: fx.Node, weight: fx.Node, shape: Sequence[int], flipped: bool
     if called is F.embedding and _is(user, 1, "weight", weight) and not flipped:
         if user.kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None):
             raise NotALinearMap("max_norm rewrites its rows at each lookup", user)
-        padding = user.kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
-        padding = padding if padding is None else int(padding) % shape[0]
+        padding: Any = user.kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        if isinstance(padding, int):
+            padding %= shape[0]
         return Use(user, _argument(user, 0, "input"), "lookup", transposed=True, padding_idx=padding)
     if called is aten.embedding.default and args[0] is weight and not flipped:
         padding = args[2] if len(args) > 2 and args[2] != -1 else None
-        return Use(user, args[1], "lookup", transposed=True, padding_idx=padding)  # type: ignore[arg-type]
+        return Use(user, args[1], "lookup", transposed=True, padding_idx=padding)
     if product or called in _LINEAR:
         raise NotALinearMap("it is the left factor of a product, or both factors", user)
     raise NotALinearMap(f"it is used by {_describe(user)}, which is no linear map of an input", user)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import lrcompile
 
@@ -26,7 +26,7 @@ IDS = torch.tensor([[1, 2, 8], [0, 0, 3]])
 LORA = lrcompile.spec("lora", rank=2, alpha=3, seed=0)
 
 
-def snapshot(model: nn.Module) -> dict:
+def snapshot(model: Any) -> dict:
     """All that `apply` promises to leave alone or to bring back."""
     return {
         "bytes": {k: v.clone() for k, v in model.state_dict().items()},
@@ -49,7 +49,7 @@ def same(before: dict, after: dict) -> None:
             assert before[what] == after[what], what
 
 
-def fill(model: nn.Module) -> nn.Module:
+def fill(model: Any) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lrcompile_adapters" in name:
@@ -58,7 +58,7 @@ def fill(model: nn.Module) -> nn.Module:
 
 
 def test_it_returns_the_same_object_with_the_base_in_place():
-    model = Model()
+    model: Any = Model()
     before, y = snapshot(model), model(IDS)
     assert lrcompile.apply(model, LORA) is model
     after = snapshot(model)
@@ -70,13 +70,13 @@ def test_it_returns_the_same_object_with_the_base_in_place():
 
 
 def test_the_adapter_trains_and_nothing_else():
-    model = lrcompile.apply(Model(), LORA)
+    model: Any = lrcompile.apply(Model(), LORA)
     training = {name for name, p in model.named_parameters() if p.requires_grad}
     assert training == {f"{m}.lrcompile_adapters.weight.default.{t}" for m in "ab" for t in "AB"}
 
 
 def test_remove_brings_back_everything():
-    model = Model()
+    model: Any = Model()
     before = snapshot(model)
     fill(lrcompile.apply(model, lrcompile.spec("lora", rank=2, bias="all", targets=["a", "embed"]), name="one"))
     fill(lrcompile.apply(model, LORA, name="two"))
@@ -89,7 +89,7 @@ def test_remove_brings_back_everything():
 
 
 def test_removing_a_merged_model_unmerges_it_first():
-    model = Model()
+    model: Any = Model()
     before = snapshot(model)
     fill(lrcompile.apply(model, LORA))
     lrcompile.merge(model)
@@ -108,7 +108,7 @@ def test_a_seed_makes_adapters_equal_whatever_else_was_drawn_or_targeted():
 
 def test_patterns_set_rank_and_scale_by_site():
     s = lrcompile.spec("lora", rank=2, alpha=3, rank_pattern={"b": 5}, alpha_pattern={"b": 20})
-    model = lrcompile.apply(Model(), s)
+    model: Any = lrcompile.apply(Model(), s)
     assert [(m.lrcompile_adapters["weight"]["default"].rank, m.lrcompile_adapters["weight"]["default"].scale.item())
             for m in (model.a, model.b)] == [(2, 1.5), (5, 4.0)]  # fmt: skip
 
@@ -118,13 +118,13 @@ def test_patterns_set_rank_and_scale_by_site():
     (torch.bfloat16, "bfloat16", torch.bfloat16), (torch.float32, "float64", torch.float64),
 ])  # fmt: skip
 def test_factors_are_float32_or_the_bases_wider_dtype_or_what_is_asked_for(base, asked, got):
-    model = lrcompile.apply(nn.Linear(4, 3, dtype=base), lrcompile.spec("lora", rank=2, dtype=asked))
+    model: Any = lrcompile.apply(nn.Linear(4, 3, dtype=base), lrcompile.spec("lora", rank=2, dtype=asked))
     assert model.lrcompile_adapters["weight"]["default"].A.dtype == got
     assert model(torch.randn(2, 4, dtype=base)).dtype == base
 
 
 def test_a_model_that_is_one_linear_map_is_adapted_too():
-    model = nn.Linear(5, 7)
+    model: Any = nn.Linear(5, 7)
     before = snapshot(model)
     fill(lrcompile.apply(model, lrcompile.spec("lora", rank=2)))
     x = torch.randn(3, 5)
@@ -136,7 +136,7 @@ def test_a_model_that_is_one_linear_map_is_adapted_too():
 
 
 def test_a_deep_copy_is_a_model_of_its_own():
-    model = fill(lrcompile.apply(Model(), LORA))
+    model: Any = fill(lrcompile.apply(Model(), LORA))
     other, y = copy.deepcopy(model), model(IDS)
     assert torch.equal(other(IDS), y)
     lrcompile.merge(other, final=True)
@@ -146,7 +146,8 @@ def test_a_deep_copy_is_a_model_of_its_own():
 
 
 def test_training_mode_and_hooks_go_through():
-    model, calls = Model().eval(), []
+    model: Any = Model().eval()
+    calls: list[str] = []
     model.a.register_forward_hook(lambda *_: calls.append("a"))
     lrcompile.apply(model, LORA)
     assert not model.a.lrcompile_adapters["weight"]["default"].training
@@ -155,7 +156,7 @@ def test_training_mode_and_hooks_go_through():
 
 
 def test_base_checkpoints_keep_their_keys_and_load():
-    model = Model()
+    model: Any = Model()
     saved = {k: v.clone() for k, v in model.state_dict().items()}
     fill(lrcompile.apply(model, LORA))
     assert {k for k in model.state_dict() if "lrcompile" not in k} == set(saved)
@@ -169,7 +170,7 @@ def wrong_calls():
         return lrcompile.apply(Model(), LORA)
 
     def merged():
-        model = fill(applied())
+        model: Any = fill(applied())
         lrcompile.merge(model)
         return model
 
@@ -183,7 +184,8 @@ def wrong_calls():
             lrcompile.AdapterError,
             "name",
         )
-    yield "no spec", Model, lambda m: lrcompile.apply(m, {"method": "lora"}), lrcompile.SpecError, "takes a Spec"
+    no_spec: Any = {"method": "lora"}
+    yield "no spec", Model, lambda m: lrcompile.apply(m, no_spec), lrcompile.SpecError, "takes a Spec"
     yield "rank", Model, lambda m: lrcompile.apply(m, lrcompile.spec("lora", rank=6)), lrcompile.SpecError, "rank=6"
     missing, huge = (
         lrcompile.spec("lora", rank=2, **f) for f in ({"targets": ["a", "c"]}, {"alpha_pattern": {"b": 1e300}})
@@ -231,7 +233,7 @@ def test_a_wrong_call_is_one_typed_error_and_changes_nothing(build, call, error,
 def test_a_failure_halfway_is_undone(monkeypatch):
     from lrcompile import adapting
 
-    model = Model()
+    model: Any = Model()
     before, real, left = snapshot(model), adapting.swap, [1]
 
     def fail_second(module, mixin):
@@ -257,7 +259,7 @@ def llama(**more):
 
 
 def test_generate_gives_the_tokens_of_the_merged_model():
-    model = fill(lrcompile.apply(llama(), LORA))
+    model: Any = fill(lrcompile.apply(llama(), LORA))
     ids = torch.tensor([[1, 5, 9]])
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
     base = llama().generate(ids, max_new_tokens=6, do_sample=False)
@@ -273,7 +275,7 @@ def test_a_models_own_gradient_checkpointing_gives_the_same_gradients(reentrant)
     ids = torch.tensor([[1, 5, 9, 4]])
     gradients = []
     for checkpointing in (False, True):
-        model = fill(lrcompile.apply(llama(), lrcompile.spec("lora", rank=2, seed=0, dropout=0.2))).train()
+        model: Any = fill(lrcompile.apply(llama(), lrcompile.spec("lora", rank=2, seed=0, dropout=0.2))).train()
         for name, p in model.named_parameters():
             if name.endswith(".B"):
                 nn.init.constant_(p, 0.1)
@@ -291,14 +293,14 @@ def test_a_models_own_gradient_checkpointing_gives_the_same_gradients(reentrant)
 def test_a_trainer_trains_the_adapter_only(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    model = lrcompile.apply(llama(), LORA)
+    model: Any = lrcompile.apply(llama(), LORA)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     ids = torch.randint(1, 30, (6, 5))
-    data = [{"input_ids": row, "labels": row} for (row,) in TensorDataset(ids)]
+    data = [{"input_ids": row, "labels": row} for row in ids]
     optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=1e-2)
     transformers.Trainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
@@ -306,7 +308,7 @@ def test_a_trainer_trains_the_adapter_only(tmp_path):
 
 
 def test_a_merged_final_model_is_saved_and_loaded_as_the_base_class(tmp_path):
-    model = fill(
+    model: Any = fill(
         lrcompile.apply(llama(tie_word_embeddings=True), lrcompile.spec("lora", rank=2, targets=["q_proj", "lm_head"]))
     )
     ids = torch.tensor([[1, 5, 9]])

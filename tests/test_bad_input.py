@@ -5,6 +5,7 @@ the model exactly as before. (Files have theirs beside what reads them; wrappers
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ class Model(nn.Module):
 IDS = torch.tensor([[1, 2, 8]])
 
 
-def applied(**fields) -> nn.Module:
-    model = Model().eval()
+def applied(**fields) -> Any:
+    model: Any = Model().eval()
     lrcompile.apply(model, lrcompile.spec("lora", **{"rank": 2, "targets": ["up", "down"], "seed": 0} | fields))
     for name, p in model.named_parameters():
         if name.endswith(".B"):
@@ -40,13 +41,13 @@ def applied(**fields) -> nn.Module:
     return model
 
 
-def merged() -> nn.Module:
-    model = applied()
+def merged() -> Any:
+    model: Any = applied()
     lrcompile.merge(model)
     return model
 
 
-def everything(model: nn.Module) -> dict:
+def everything(model: Any) -> dict:
     modules = dict(model.named_modules())
     return {
         "bytes": {
@@ -135,7 +136,7 @@ def test_one_typed_error_names_the_thing_and_the_remedy_and_nothing_changes(buil
 
 
 def test_a_target_no_gradient_reaches_stops_the_first_step_before_anything_is_updated():
-    model = applied(targets=["down", "unused"]).train()
+    model: Any = applied(targets=["down", "unused"]).train()
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.1)
     model(IDS).sum().backward()
     before = everything(model)
@@ -160,7 +161,7 @@ def step(model, optimizer):
 
 @pytest.mark.parametrize("moment", ["forward", "backward", "step"])
 def test_ctrl_c_during_training_leaves_a_model_that_can_be_removed_and_trained_on(moment):
-    model = applied().train()
+    model: Any = applied().train()
     weights = {k: v.clone() for k, v in model.state_dict().items() if "lrcompile" not in k}
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.1)
 

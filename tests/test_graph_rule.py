@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ LORA = torch.ops.lrcompile.lora.default
 WIDTH = 5
 
 
-def fill(model: nn.Module) -> nn.Module:
+def fill(model: Any) -> Any:
     """Factors that are not zero, each different."""
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -69,11 +70,11 @@ STEPS = st.lists(st.tuples(st.sampled_from(sorted(FORMS)), st.integers(0, 2)), m
 @given(steps=STEPS, exported=st.booleans())
 def test_a_random_graph_computes_the_formula_in_float64(steps, exported):
     """Also where one result is the next product's input, with the same weight or another."""
-    plain = Matrices(steps)
+    plain: Any = Matrices(steps)
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     used = sorted({f"w{i}" for _, i in steps})
     source = copy.deepcopy(plain)
-    model = torch.export.export(source, (x,)).module() if exported else fx.symbolic_trace(source)
+    model: Any = torch.export.export(source, (x,)).module() if exported else fx.symbolic_trace(source)
     fill(lrcompile.apply(model, lrcompile.spec("lora", rank=2, alpha=3, targets=used)))
     assert nodes(model) == len(steps)
     for name in used:
@@ -93,7 +94,7 @@ class Chain(nn.Module):
 
 
 def test_taking_out_and_putting_in_again_changes_nothing():
-    model = fx.symbolic_trace(Chain())
+    model: Any = fx.symbolic_trace(Chain())
     before, x = shape(model), torch.randn(3, WIDTH)
     base = model(x)
     fill(lrcompile.apply(model, lrcompile.spec("lora", rank=2)))
@@ -173,7 +174,7 @@ class Called(nn.Module):
         return self.down((self.up(self.head(ids)) @ self.w).tanh())
 
 
-def same_factors(source: nn.Module, target: nn.Module) -> None:
+def same_factors(source: Any, target: Any) -> None:
     factors = {name: p for name, p in source.named_parameters() if "lrcompile_adapters" in name}
     theirs = {name: p for name, p in target.named_parameters() if "lrcompile_adapters" in name}
     assert set(factors) == set(theirs)
@@ -186,8 +187,8 @@ def same_factors(source: nn.Module, target: nn.Module) -> None:
 def test_every_granularity_computes_the_same_from_the_same_tensors(capture):
     ids = torch.tensor([[1, 2, 10], [0, 0, 3]])
     targets = ["up", "down", "w", "head"]
-    module = Called()
-    traced = fx.symbolic_trace(copy.deepcopy(module))
+    module: Any = Called()
+    traced: Any = fx.symbolic_trace(copy.deepcopy(module))
     model = traced if capture == "traced" else torch.export.export(copy.deepcopy(module), (ids,)).module()
     s = lrcompile.spec("lora", rank=2, targets=targets)
     fill(lrcompile.apply(module, s))
@@ -211,7 +212,7 @@ def test_adapters_captured_with_a_graph_stay_in_it():
     inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
     fill(lrcompile.apply(inner, lrcompile.spec("lora", rank=2, targets=["0"])))
     x = torch.randn(2, WIDTH)
-    program = torch.export.export(inner, (x,)).module()
+    program: Any = torch.export.export(inner, (x,)).module()
     y = program(x)
     lrcompile.apply(program, lrcompile.spec("lora", rank=2, targets=["1"]))
     torch.testing.assert_close(program(x), y)
@@ -223,7 +224,7 @@ def test_adapters_captured_with_a_graph_stay_in_it():
 
 
 def test_dropout_on_a_captured_graph_is_refused():
-    model = torch.export.export(Chain(), (torch.randn(3, WIDTH),)).module()
+    model: Any = torch.export.export(Chain(), (torch.randn(3, WIDTH),)).module()
     with pytest.raises(lrcompile.SpecError, match="dropout must be 0") as caught:
         lrcompile.apply(model, lrcompile.spec("lora", rank=2, dropout=0.1))
     assert caught.value.field == "dropout"

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ from lrcompile.hosting import Host, host_class, hosted_by, original_class, resto
 
 class Doubled(Host):
     def forward(self, *args, **kwargs):
-        return 2 * super().forward(*args, **kwargs)
+        return 2 * super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class Shifted(Host):
     def forward(self, *args, **kwargs):
-        return 1 + super().forward(*args, **kwargs)
+        return 1 + super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class Own(nn.Linear):
@@ -34,7 +35,7 @@ class Own(nn.Linear):
 
 
 def test_swap_changes_the_forward_only_and_restore_undoes_it():
-    module = Own(3, 2)
+    module: Any = Own(3, 2)
     weight, keys, x = module.weight, list(module.state_dict()), torch.randn(4, 3)
     y = module(x)
     swap(module, Doubled)
@@ -54,7 +55,7 @@ def test_one_class_is_generated_once():
 
 
 def test_stacked_classes_come_apart_in_order():
-    module = nn.Linear(3, 2)
+    module: Any = nn.Linear(3, 2)
     x, y = torch.ones(1, 3), module(torch.ones(1, 3))
     swap(module, Doubled)
     swap(module, Shifted)
@@ -90,15 +91,15 @@ def test_hooks_registered_before_and_after_run():
 
 
 def test_a_forward_replaced_on_the_instance_is_refused():
-    module = nn.Linear(3, 2)
-    module.forward = lambda x: x  # type: ignore[method-assign]
+    module: Any = nn.Linear(3, 2)
+    module.forward = lambda x: x
     with pytest.raises(AdapterError, match="replaced on the instance"):
         swap(module, Doubled)
     assert type(module) is nn.Linear
 
 
 def test_an_adapted_model_loads_in_a_fresh_process(tmp_path):
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Embedding(4, 3))[:2]
+    model: Any = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Embedding(4, 3))[:2]
     lrcompile.apply(model, lrcompile.spec("lora", rank=2))
     nn.init.normal_(model[0].lrcompile_adapters["weight"]["default"].B)
     x = torch.randn(3, 5)

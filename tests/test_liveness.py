@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class Model(nn.Module):
         return x
 
 
-def trained(model: nn.Module, targets, steps=1, **kw):
+def trained(model: Any, targets, steps=1, **kw):
     lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=targets))
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01, **kw)
     for _ in range(steps):
@@ -43,7 +45,7 @@ def dead_rows(model) -> set[str]:
 
 
 def test_a_tensor_no_gradient_reaches_is_named_at_the_first_step():
-    model = Model()
+    model: Any = Model()
     with pytest.raises(lrcompile.TargetError, match=r"unused\.lrcompile_adapters\.weight\.default\.A") as caught:
         trained(model, ["a", "unused"])
     assert "a.lrcompile" not in str(caught.value).replace("unused.lrcompile", "")
@@ -52,7 +54,7 @@ def test_a_tensor_no_gradient_reaches_is_named_at_the_first_step():
 
 
 def test_nothing_is_updated_by_the_step_that_finds_it():
-    model = Model()
+    model: Any = Model()
     before = {}
     lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["a", "unused"]))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -64,32 +66,32 @@ def test_nothing_is_updated_by_the_step_that_finds_it():
 
 
 def test_a_model_whose_adapters_are_all_reached_trains_and_the_report_says_so():
-    model = Model()
+    model: Any = Model()
     trained(model, ["a"], steps=3)
     assert [row.dead for row in lrcompile.report(model).sites if row.adapted] == [False]
 
 
 def test_before_anybody_looked_the_report_does_not_claim_to_know():
-    model = lrcompile.apply(Model(), lrcompile.spec("lora", rank=2, targets=["a"]))
+    model: Any = lrcompile.apply(Model(), lrcompile.spec("lora", rank=2, targets=["a"]))
     assert [row.dead for row in lrcompile.report(model).sites if row.adapted] == [None]
 
 
 @pytest.mark.parametrize("key", ["layerdrop", "encoder_layerdrop", "decoder_layerdrop"])
 def test_dropped_layers_are_waited_for(key):
-    model = Model(0.6, key)
+    model: Any = Model(0.6, key)
     trained(model, ["a", "layers.0", "layers.1", "layers.2"], steps=liveness.PATIENCE)
     assert dead_rows(model) == set()
 
 
 def test_patience_ends():
-    model = Model(0.3)
+    model: Any = Model(0.3)
     with pytest.raises(lrcompile.TargetError, match="unused"):
         trained(model, ["a", "unused"], steps=liveness.PATIENCE)
 
 
 def test_a_gradient_of_zeros_is_a_gradient():
     """At B = 0 that of A is zero, as is that of an expert which received no token."""
-    model = Model()
+    model: Any = Model()
     trained(model, ["a"])
     assert not model.a.lrcompile_adapters["weight"]["default"].A.grad.any()
 
@@ -106,7 +108,7 @@ def test_no_grad_is_a_path_no_gradient_takes():
 
 
 def test_only_what_trains_is_looked_at():
-    model = Model()
+    model: Any = Model()
     lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["unused"]), name="old")
     lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["a"]), name="new")
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_train_modules_train_whole_modules_and_are_not_adapted():
 
 
 def test_a_module_under_two_names_is_one_site_found_by_either():
-    model = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    model: Any = nn.ModuleDict({"a": nn.Linear(3, 3)})
     model["b"] = model["a"]
     for name in "ab":
         (site,) = match(model, lrcompile.spec("lora", rank=2, targets=[name])).hit
@@ -123,7 +124,7 @@ def test_a_module_under_two_names_is_one_site_found_by_either():
 
 
 def test_a_shared_weight_is_noted():
-    model = Model()
+    model: Any = Model()
     model.head.weight = model.embed.weight
     (note,) = matched(model, targets=["head"]).notes
     assert "embed.weight" in note
@@ -134,7 +135,7 @@ def test_matching_is_linear_in_the_number_of_sites():
 
     def seconds(layers: int) -> float:
         with torch.device("meta"):
-            model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(layers))})
+            model: Any = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(layers))})
         best = []
         for _ in range(3):
             start = time.process_time()

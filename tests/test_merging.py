@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lrcompile
 
 
-def filled(model: nn.Module, size=1.0) -> nn.Module:
+def filled(model: Any, size=1.0) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lrcompile_adapters" in name:
@@ -22,11 +23,11 @@ def filled(model: nn.Module, size=1.0) -> nn.Module:
     return model
 
 
-def applied(model: nn.Module, size=1.0, name="default", **fields) -> nn.Module:
+def applied(model: Any, size=1.0, name="default", **fields) -> Any:
     return filled(lrcompile.apply(model, lrcompile.spec("lora", **{"rank": 2, "alpha": 3} | fields), name=name), size)
 
 
-def state(model: nn.Module) -> dict:
+def state(model: Any) -> dict:
     return {
         "bytes": {k: v.clone() for k, v in model.state_dict().items()},
         "classes": {k: type(m) for k, m in model.named_modules()},
@@ -52,7 +53,7 @@ def same(before: dict, after: dict, but: tuple[str, ...] = ()) -> None:
     weights=st.sampled_from([{"a": 1.0}, {"a": 1.0, "b": -0.5}, {"b": 2.0}]),
 )
 def test_the_merged_weight_is_rounded_once_and_unmerge_restores_the_bits(inside, out, dtype, conv1d, weights):
-    model = nn.Sequential((Conv1D(out, inside) if conv1d else nn.Linear(inside, out)).to(dtype))
+    model: Any = nn.Sequential((Conv1D(out, inside) if conv1d else nn.Linear(inside, out)).to(dtype))
     for name in "ab":
         applied(model, name=name, scaling="alpha/sqrt(r)", init="gaussian")
     lrcompile.activate(model, weights)
@@ -70,7 +71,7 @@ def test_the_merged_weight_is_rounded_once_and_unmerge_restores_the_bits(inside,
 
 
 def test_merged_equals_unmerged_in_float64_to_its_last_bits():
-    model = applied(nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double(), scaling="alpha/sqrt(r)")
+    model: Any = applied(nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double(), scaling="alpha/sqrt(r)")
     x = torch.randn(4, 7, dtype=torch.float64)
     y = model(x)
     lrcompile.merge(model)
@@ -78,9 +79,9 @@ def test_merged_equals_unmerged_in_float64_to_its_last_bits():
 
 
 def test_final_leaves_a_plain_model_of_the_original_classes():
-    plain = nn.Sequential(nn.Linear(7, 9), nn.Embedding(4, 3), nn.Linear(9, 5))
+    plain: Any = nn.Sequential(nn.Linear(7, 9), nn.Embedding(4, 3), nn.Linear(9, 5))
     plain[0].weight.requires_grad_(False)
-    model = applied(copy.deepcopy(plain), bias="all")
+    model: Any = applied(copy.deepcopy(plain), bias="all")
     with torch.no_grad():
         model[0].bias.add_(1)
     x = torch.randn(3, 7)
@@ -97,7 +98,7 @@ def test_final_leaves_a_plain_model_of_the_original_classes():
 
 
 def test_a_merge_that_rounding_erases_names_the_site_and_changes_nothing():
-    model = applied(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16(), size=1e-3)
+    model: Any = applied(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16(), size=1e-3)
     filled(model[0], 1.0)
     before = state(model)
     with pytest.raises(lrcompile.MergeError, match=r"rounding to bfloat16 would take \d+%.*'1'.*1 sites") as caught:
@@ -108,7 +109,7 @@ def test_a_merge_that_rounding_erases_names_the_site_and_changes_nothing():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_not_merged(value):
-    model = applied(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4)))
+    model: Any = applied(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4)))
     with torch.no_grad():
         model[1].lrcompile_adapters["weight"]["default"].B[0, 0] = value
     before = {k: v.clone() for k, v in model[0].state_dict().items()}
@@ -119,21 +120,21 @@ def test_values_that_are_not_finite_are_not_merged(value):
 
 
 def test_an_update_that_overflows_float16_is_refused():
-    model = applied(nn.Sequential(nn.Linear(5, 5).half()), size=300.0)
+    model: Any = applied(nn.Sequential(nn.Linear(5, 5).half()), size=300.0)
     with pytest.raises(lrcompile.MergeError, match="float16"):
         lrcompile.merge(model)
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: Any) -> Any:
     lrcompile.merge(model)
     return model
 
 
-def two() -> nn.Module:
+def two() -> Any:
     return applied(applied(nn.Sequential(nn.Linear(6, 5)), name="a"), name="b")
 
 
-def both() -> nn.Module:
+def both() -> Any:
     return lrcompile.activate(two(), ["a", "b"])
 
 
@@ -227,14 +228,14 @@ def test_a_tied_weight_is_untied_for_the_adapted_use_and_tied_again(targets):
     assert torch.equal(model(ids), y)
 
 
-def nf4(**options) -> tuple[nn.Module, torch.Tensor]:
+def nf4(**options) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(70, 66), nn.Tanh(), nn.Linear(66, 50))
+    model: Any = nn.Sequential(nn.Linear(70, 66), nn.Tanh(), nn.Linear(66, 50))
     lrcompile.quantize(model, "nf4", block_size=32, **options)
     return applied(model, size=0.1, rank=3), torch.randn(3, 70)
 
 
-def codes(model: nn.Module) -> list[torch.Tensor]:
+def codes(model: Any) -> list[torch.Tensor]:
     return [b.clone() for name, b in model.named_buffers() if "weight_" in name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import lrcompile
 
 
-def model() -> nn.Module:
+def model() -> Any:
     return lrcompile.apply(
         nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)), lrcompile.spec("lora", rank=2, bias="all", seed=0)
     )
@@ -112,7 +113,7 @@ def test_a_model_without_adapters_is_refused():
 
 
 def test_a_model_in_which_nothing_trains_is_refused():
-    m = nn.Sequential(nn.Linear(6, 7))
+    m: Any = nn.Sequential(nn.Linear(6, 7))
     lrcompile.apply(m, lrcompile.spec("lora", rank=2))
     lrcompile.activate(m, "default", train=[])
     with pytest.raises(lrcompile.AdapterError, match="train=name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_weight_used_past_its_module_is_named_and_the_model_is_as_it_was(build
 
 @pytest.mark.parametrize("inputs", [(X,), {"x": X}])
 def test_the_proof_leaves_no_trace(inputs):
-    model = Plain()
+    model: Any = Plain()
     model.b.eval()
     model(X).sum().backward()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -113,7 +114,7 @@ def test_a_tied_weight_is_no_bypass_as_merging_unties_it():
         def forward(self, ids):
             return self.head(self.embed(ids))
 
-    model = Tied()
+    model: Any = Tied()
     lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["head"]), example_inputs=(torch.arange(7),))
     assert model.head.weight is model.embed.weight
 
@@ -134,20 +135,20 @@ def test_dropped_layers_are_run_until_each_was_seen():
 
 
 def test_a_captured_program_and_a_quantized_base_are_proved_too():
-    program = torch.export.export(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), (X,)).module()
+    program: Any = torch.export.export(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), (X,)).module()
     lrcompile.apply(program, SPEC, example_inputs=(X,))
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model: Any = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     lrcompile.apply(model, lrcompile.spec("qlora", rank=2), example_inputs=(torch.randn(2, 64),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rounding_is_no_bypass(dtype):
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6))).to(dtype)
+    model: Any = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6))).to(dtype)
     lrcompile.apply(model, SPEC, example_inputs=(torch.randn(4, 32, dtype=dtype),))
 
 
 def test_a_second_adapter_is_proved_beside_the_first():
-    model = Plain()
+    model: Any = Plain()
     lrcompile.apply(model, SPEC, name="one", example_inputs=(X,))
     lrcompile.apply(model, SPEC, name="two", example_inputs=(X,))
     assert lrcompile.report(model).active == ("two",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,8 @@ from torch import nn
 import lrcompile
 
 
-def model() -> nn.Module:
-    m = nn.Sequential(nn.Linear(6, 7), nn.Embedding(9, 5), nn.Linear(7, 3))
+def model() -> Any:
+    m: Any = nn.Sequential(nn.Linear(6, 7), nn.Embedding(9, 5), nn.Linear(7, 3))
     return lrcompile.apply(m, lrcompile.spec("lora", rank=2, bias="lora_only", exclude=["2"]))
 
 
@@ -35,7 +37,7 @@ def test_totals_are_counted():
 
 
 def test_an_nf4_code_counts_as_two_numbers():
-    m = lrcompile.apply(
+    m: Any = lrcompile.apply(
         nn.Sequential(nn.Linear(64, 64, bias=False)), lrcompile.spec("qlora", rank=2, double_quant=False)
     )
     report = lrcompile.report(m)
@@ -81,7 +83,7 @@ def test_a_model_without_adapters_has_no_report():
 
 
 def test_notes_name_what_shares_a_weight():
-    m = nn.ModuleDict({"embed": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
+    m: Any = nn.ModuleDict({"embed": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
     m["head"].weight = m["embed"].weight
     lrcompile.apply(m, lrcompile.spec("lora", rank=2, targets=["head"]))
     assert "head shares its weight with embed.weight" in str(lrcompile.report(m))

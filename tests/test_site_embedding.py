@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,8 @@ import lrcompile
 
 
 def adapted(padding: int | None = None, dtype=torch.float64, vocabulary=11, width=5, rank=3):
-    base = nn.Embedding(vocabulary, width, padding_idx=padding, dtype=dtype)
-    model = nn.Sequential(base)
+    base: Any = nn.Embedding(vocabulary, width, padding_idx=padding, dtype=dtype)
+    model: Any = nn.Sequential(base)
     lrcompile.apply(model, lrcompile.spec("lora", rank=rank, alpha=4.5, targets=["0"], seed=0))
     return model, model[0].lrcompile_adapters["weight"]["default"]
 
@@ -28,7 +30,7 @@ def adapted(padding: int | None = None, dtype=torch.float64, vocabulary=11, widt
 def test_at_the_start_it_is_the_base_and_then_the_formula(ids, padding, dtype, index):
     model, adapter = adapted(padding, dtype)
     rows = torch.tensor(ids, dtype=index).reshape(-1, 2)
-    base = nn.functional.embedding(rows, model[0].weight)
+    base: Any = nn.functional.embedding(rows, model[0].weight)
     assert torch.equal(model(rows), base)
     nn.init.normal_(adapter.A)
     # code, scale and sum each round once; products of three terms
@@ -87,6 +89,6 @@ def test_what_no_adapter_can_follow_is_refused(options, reason):
 
 
 def test_all_linear_leaves_embeddings_alone():
-    model = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 3))
+    model: Any = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 3))
     lrcompile.apply(model, lrcompile.spec("lora", rank=2))
     assert {row.name: row.reason for row in lrcompile.report(model).sites if not row.adapted} == {"0": "embedding"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import lrcompile
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def linear(inside: int, out: int, *, conv1d=False, bias=True, dtype=torch.float32) -> nn.Module:
+def linear(inside: int, out: int, *, conv1d=False, bias=True, dtype=torch.float32) -> Any:
     if conv1d:
         module = Conv1D(out, inside)
         nn.init.normal_(module.bias)
@@ -26,9 +27,9 @@ def linear(inside: int, out: int, *, conv1d=False, bias=True, dtype=torch.float3
     return nn.Linear(inside, out, bias=bias, dtype=dtype)
 
 
-def adapted(module: nn.Module, **fields):
+def adapted(module: Any, **fields):
     """`module` as a model of one site, and its adapter with B ≠ 0."""
-    model = nn.Sequential(module)
+    model: Any = nn.Sequential(module)
     lrcompile.apply(model, lrcompile.spec("lora", **{"rank": 3, "alpha": 4.5, "seed": 0} | fields))
     adapter = model[0].lrcompile_adapters["weight"]["default"]
     with torch.no_grad():
@@ -36,9 +37,9 @@ def adapted(module: nn.Module, **fields):
     return model, adapter
 
 
-def weight(module: nn.Module) -> torch.Tensor:
+def weight(module: Any) -> torch.Tensor:
     """`[out, in]`"""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[return-value]
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 KINDS = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
@@ -144,10 +145,12 @@ def test_root_scaling_is_exact():
 
 def test_peft_gives_the_same_outputs_and_gradients_from_the_same_tensors():
     peft = pytest.importorskip("peft")
-    base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()
+    base: Any = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()
     config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0", "2"], use_rslora=True)
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    ours = lrcompile.apply(base, lrcompile.spec("lora", rank=3, alpha=4, targets=["0", "2"], scaling="alpha/sqrt(r)"))
+    ours: Any = lrcompile.apply(
+        base, lrcompile.spec("lora", rank=3, alpha=4, targets=["0", "2"], scaling="alpha/sqrt(r)")
+    )
     pairs = []
     for index in ("0", "2"):
         adapter = ours.get_submodule(f"{index}.lrcompile_adapters.weight.default")
@@ -157,7 +160,7 @@ def test_peft_gives_the_same_outputs_and_gradients_from_the_same_tensors():
         for mine, other in pairs:
             mine.copy_(other.normal_())
     x = torch.randn(4, 7, dtype=torch.float64)
-    close = {"rtol": 1e-5, "atol": 1e-4}  # PEFT forms the product in float32, and gradients here reach 100
+    close: Any = {"rtol": 1e-5, "atol": 1e-4}  # PEFT forms the product in float32, and gradients here reach 100
     torch.testing.assert_close(ours(x), theirs(x), **close)
     for model in (ours, theirs):
         model(x).square().sum().backward()
@@ -216,7 +219,7 @@ class Counting:
 
 def test_compiling_breaks_no_graph_and_changed_values_recompile_nothing():
     torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5))
+    model: Any = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5))
     lrcompile.apply(model, lrcompile.spec("lora", rank=2), name="a")
     lrcompile.apply(model, lrcompile.spec("lora", rank=2), name="b")
     for p in model.parameters():
@@ -270,12 +273,12 @@ def refusals():
             return nn.utils.weight_norm(nn.Linear(4, 3))
 
     def patched():
-        module = nn.Linear(4, 3)
-        module.forward = lambda x: x  # type: ignore[method-assign]
+        module: Any = nn.Linear(4, 3)
+        module.forward = lambda x: x
         return module
 
     def integers():
-        module = nn.Linear(4, 3)
+        module: Any = nn.Linear(4, 3)
         module.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
         return module
 
@@ -285,7 +288,7 @@ def refusals():
 
 @pytest.mark.parametrize(("build", "reason"), refusals(), ids=["parametrized", "hooked", "lazy", "patched", "int8"])
 def test_a_weight_that_is_no_plain_tensor_is_refused_with_the_reason(build, reason):
-    model = nn.Sequential(nn.Linear(4, 4), build())
+    model: Any = nn.Sequential(nn.Linear(4, 4), build())
     with pytest.raises(lrcompile.TargetError, match=rf"(?s)1: .*{reason}"):
         lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["0", "1"]))
     assert type(model[0]) is nn.Linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Raw(nn.Module):
         return x @ self.w
 
 
-def adapted(model: nn.Module, **fields) -> nn.Module:
+def adapted(model: Any, **fields) -> Any:
     """With B ≠ 0."""
     lrcompile.apply(model, lrcompile.spec("lora", **{"rank": 2, "alpha": 3, "seed": 0} | fields))
     for name, p in model.named_parameters():
@@ -33,7 +34,7 @@ def adapted(model: nn.Module, **fields) -> nn.Module:
     return model
 
 
-def follows(model: nn.Module, *args, **kwargs) -> None:
+def follows(model: Any, *args, **kwargs) -> None:
     """Adapted and merged compute the same, by the original's own code."""
     y = model(*args, **kwargs)
     lrcompile.merge(model)
@@ -107,6 +108,8 @@ def test_argument_names_that_look_alike_are_told_apart():
 
 
 class Buffers(Raw):
+    b: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("b", torch.ones(OUT))
@@ -237,7 +240,7 @@ class Memory(nn.Module):
 
 
 def test_parameters_may_have_any_name():
-    model = adapted(Memory())
+    model: Any = adapted(Memory())
     follows(model, torch.randn(4, IN))
     assert {row.name for row in lrcompile.report(model).sites} == {"keys", "values"}
 
@@ -252,7 +255,7 @@ class Stack(nn.Module):
 
 
 def test_a_stack_of_maps_has_factors_for_each():
-    model = adapted(Stack())
+    model: Any = adapted(Stack())
     assert model.lrcompile_adapters["w"]["default"].A.shape == (4, 2, IN)
     follows(model, torch.randn(4, 3, IN))
 
@@ -268,7 +271,7 @@ def test_an_adapter_applied_anew_is_traced_anew():
 
 
 def test_copies_and_several_modules_do_not_share_traces():
-    model = adapted(nn.Sequential(Signature(), Raw_(OUT)), targets=["0.w", "1.w"]).eval()
+    model: Any = adapted(nn.Sequential(Signature(), Raw_(OUT)), targets=["0.w", "1.w"]).eval()
     other, x = copy.deepcopy(model), torch.randn(3, IN)
     assert torch.equal(model(x), other(x))
     model[0].gain = random.Random(0).random()

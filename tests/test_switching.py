@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ import lrcompile
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
 
 
-def delta(model: nn.Module, name: str) -> torch.Tensor:
+def delta(model: Any, name: str) -> torch.Tensor:
     """The effect of one adapter on the outputs of the one linear map."""
-    adapter = model[0].lrcompile_adapters["weight"][name]  # type: ignore[index]
+    adapter = model[0].lrcompile_adapters["weight"][name]
     return X @ adapter.delta().T
 
 
-def model_with(*names: str, **fields) -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(6, 5))
+def model_with(*names: str, **fields) -> Any:
+    model: Any = nn.Sequential(nn.Linear(6, 5))
     for i, name in enumerate(names):
         lrcompile.apply(model, lrcompile.spec("lora", **{"rank": 2 + i, "alpha": 3, "seed": i} | fields), name=name)
         nn.init.normal_(model[0].lrcompile_adapters["weight"][name].B)
@@ -44,7 +45,8 @@ def test_the_new_adapter_is_active_and_training_alone():
 @pytest.mark.parametrize("chosen", ["a", ["a"], ("b", "a"), {"a": 2.0, "b": -0.5}, {"b": 0}, [], {}, {"a"}])
 def test_the_sum_of_the_active_ones_acts_with_their_weights(chosen):
     model = model_with("a", "b")
-    assert lrcompile.activate(model, chosen) is model
+    returned: Any = lrcompile.activate(model, chosen)
+    assert returned is model
     weights = chosen if isinstance(chosen, dict) else dict.fromkeys([chosen] if isinstance(chosen, str) else chosen, 1)
     expected = base(model)
     for name, weight in weights.items():
@@ -95,13 +97,12 @@ def test_two_that_train_the_same_parameter_in_full_cannot_act_together():
 
 
 def test_disabled_gives_the_bases_bits_and_then_everything_back():
-    model = model_with("a", bias="all")
+    model: Any = model_with("a", bias="all")
     with torch.no_grad():
         original = model[0].bias.clone()
         model[0].bias.add_(1)
     y, trained = model(X), training(model)
-    with lrcompile.disabled(model) as inside:
-        assert inside is model
+    with lrcompile.disabled(model):
         assert torch.equal(model(X), nn.functional.linear(X, model[0].weight, original))
         with lrcompile.disabled(model):
             assert torch.equal(model[0].bias, original)
@@ -133,7 +134,7 @@ def test_disabled_gives_the_bases_bits_while_merged():
 @pytest.mark.parametrize("merged", [True, False])
 def test_disabled_gives_the_bits_of_an_nf4_base(double_quant, merged):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(70, 66))
+    model: Any = nn.Sequential(nn.Linear(70, 66))
     x = torch.randn(3, 70)
     lrcompile.quantize(model, "nf4", block_size=32, double_quant=double_quant)
     y = model(x)

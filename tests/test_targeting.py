@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,7 +86,7 @@ class Mixture(nn.Module):
 
 
 def test_a_router_is_a_gate_beside_experts_and_a_gate_projection_is_none():
-    model = nn.ModuleDict({"moe": Mixture(), "plain": nn.ModuleDict({"gate": nn.Linear(3, 3)})})
+    model: Any = nn.ModuleDict({"moe": Mixture(), "plain": nn.ModuleDict({"gate": nn.Linear(3, 3)})})
     assert targeting.is_router(model, "moe.gate")
     assert not targeting.is_router(model, "moe.gate_proj")
     assert not targeting.is_router(model, "plain.gate")

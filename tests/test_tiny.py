@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,10 +32,10 @@ def data() -> tuple[Tensor, Tensor]:
     return ids, ids.sum(1) % 3
 
 
-def trained(spec: lrcompile.Spec = SPEC) -> nn.Module:
+def trained(spec: lrcompile.Spec = SPEC) -> Any:
     torch.manual_seed(0)
     ids, labels = data()
-    model = lrcompile.apply(Classifier(), spec, example_inputs=(ids,))
+    model: Any = lrcompile.apply(Classifier(), spec, example_inputs=(ids,))
     optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=3e-2)
     losses = []
     for _ in range(60):
@@ -47,7 +49,7 @@ def trained(spec: lrcompile.Spec = SPEC) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
+def model() -> Any:
     return trained()
 
 

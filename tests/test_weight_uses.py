@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,10 +26,10 @@ class Uses(nn.Module):
 def uses(body, *shape, x: Tensor | None = None):
     """The uses in both forms a graph comes in; they must agree."""
     module = Uses(body, *shape)
-    traced = fx.Tracer().trace(module)
+    traced: Any = fx.Tracer().trace(module)
     found = uses_of(traced, "w", module.w.shape)
     if x is not None:
-        program: fx.GraphModule = torch.export.export(module, (x,)).module()  # type: ignore[assignment]
+        program: Any = torch.export.export(module, (x,)).module()
         exported = uses_of(program.graph, "w", module.w.shape)
         assert [(u.form, u.transposed) for u in exported] == [(u.form, u.transposed) for u in found]
     return found

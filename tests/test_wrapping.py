@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
 
 
@@ -94,7 +95,7 @@ def test_a_model_compiled_in_place_is_adapted_and_recompiled():
 
 
 def test_wrapping_afterwards_trains_the_adapter(group):
-    m = lrcompile.apply(model(), SPEC)
+    m: Any = lrcompile.apply(model(), SPEC)
     wrapped = ddp(m)
     optimizer = lrcompile.optimizer(wrapped, torch.optim.SGD, lr=0.1)
     before = m[0].lrcompile_adapters["weight"]["default"].B.detach().clone()
