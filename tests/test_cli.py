@@ -247,6 +247,14 @@ def test_export_writes_a_graph_that_verify_accepts(
         assert code == 0, out
 
 
+def test_a_folder_that_cannot_be_written_is_refused(run: Run, tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = refused(run("merge", tiny, adapter, "--out", tmp_path / "file" / "sub"))
+    assert "cannot write" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_export_to_another_suffix_is_refused(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert ".onnx" in refused(run("export", tiny, tmp_path / "model.pb"))
 
@@ -262,6 +270,14 @@ def test_golden_records_checks_and_updates(run: Run, tiny: Path, tmp_path: Path)
 
 
 # interruption
+
+
+def test_an_interruption_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrcompile.listing.list_methods", interrupted)
+    assert run("methods") == (130, "", "lrcompile: interrupted; nothing was left half-written\n")
 
 
 @pytest.mark.slow

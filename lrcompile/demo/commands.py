@@ -27,7 +27,7 @@ def train(given: Namespace) -> int:
     pipeline = from_options(given)
     if not given.out:
         pipeline = replace(pipeline, out="lrcompile-adapter")
-    folder = line.train(pipeline, Console())
+    folder = line.train(pipeline, _console())
     print(
         f"wrote {folder}/adapter and {folder}/base; next: lrcompile merge {folder}/base {folder}/adapter --out merged"
     )
@@ -54,13 +54,17 @@ def from_options(given: Namespace) -> Pipeline:
 
 
 def _run(pipeline: Pipeline) -> int:
-    outcome = line.run(pipeline, Console())
+    outcome = line.run(pipeline, _console())
     print()
     print(outcome.text)
     print(f"\n{outcome.folder}: result.json, rungs.png, adapter, merged, ONNX files")
     if not outcome.ok:
         print("a rung does not hold its bound; the verdict above says where")
     return 0 if outcome.ok else 1
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def _given(**options: Any) -> dict[str, Any]:
