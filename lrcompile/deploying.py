@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import ExportError
-from lrcompile.folding import ADAPTERS, Recipe, fold_adapters, site_of
-from lrcompile.program_nf4 import nf4_sites, quantize_program, spell_out_adapted
-from lrcompile.programs import Tensors
+from lrcompile.passes import deploy as pipelines
+from lrcompile.passes.base import Program, Result
+from lrcompile.passes.dequantize_nf4 import DTYPES
+from lrcompile.passes.nodes import adapted_sites, nf4_sites
 
 FORMS = ("auto", "merge", "inline")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,60 +42,57 @@ class Plan:
 
 @dataclass(frozen=True)
 class Deployed:
-    """What was done to a program; `recipes` compute the weights it names."""
+    """What was done to a program."""
 
-    recipes: dict[str, Recipe]
+    program: Program
+    pipeline: str
     adapters: dict[str, Any]
     nf4: list[str]
-    stored: torch.dtype | None  # of weights that a merge dequantized
+    stored: torch.dtype | None
+    """The dtype of weights that a merge dequantized."""
 
 
-def deploy(program: ExportedProgram, model: nn.Module, plan: Plan) -> Deployed:
-    """Rewrite `program` in place as `plan` says. `model` is only asked which of its parts are heads and routers.
+def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool) -> Deployed:
+    """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
-    stored = nf4_sites(program)
+    stored, sites = nf4_sites(exported), adapted_sites(exported)
+    form = _form(plan, stored)
+    on_nf4 = [site for site in sites if site in stored] if form == "merge" else []
+    if on_nf4 and plan.into is None:
+        raise ExportError(
+            f"adapters='merge' on weights stored as NF4 ({on_nf4[0]}{', …' if len(on_nf4) > 1 else ''}): rounding "
+            "back to NF4 would erase a small update. Keep the pair beside the base with adapters='inline' (exact, the "
+            "default), or give into='float32' or into='bfloat16' to dequantize and fold"
+        )
+    pipeline = pipelines.deploy(form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4)
+    program = Program(exported, model)
+    steps = {step.spec: step.result for step in pipeline.run(program)}
+    kept = dict.fromkeys(sites, "kept beside the weight") if form == "inline" else _kept(steps.get("merge-lora"))
+    if kept and plan.adapters == "merge":
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
+        raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
+    if plan.quantize and not nf4_sites(program.exported):
+        raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
+    folded = [site for site in sites if site not in kept]
+    adapters = {"form": form, "folded": folded, "inline": kept}
+    return Deployed(program, str(pipeline), adapters, nf4_sites(program.exported), DTYPES.get(plan.into or ""))
+
+
+def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:
     if stored and plan.quantize:
         raise ExportError(
             f"quantize={plan.quantize!r}: NF4 weights are in the model already ({stored[0]}, …); leave it out"
         )
-    sites = _adapted(program)
-    form = plan.adapters
-    if form == "auto":
-        form = "inline" if stored or plan.quantize else "merge"
-    recipes: dict[str, Recipe] = {}
-    folded, kept = [], dict.fromkeys(sites, "kept beside the weight") if form == "inline" else {}
-    if plan.into is not None and (form != "merge" or not stored):
+    inline = plan.adapters == "inline" or (plan.adapters == "auto" and bool(stored or plan.quantize))
+    if plan.into is not None and (inline or not stored):
         raise ExportError(
             f"into={plan.into!r} says what a merge makes of NF4 weights; here adapters={plan.adapters!r} and there are "
             f"{'NF4' if stored else 'no NF4'} weights. Leave it out"
         )
-    if form == "merge" and sites:
-        if on_nf4 := [site for site in sites if site in stored]:
-            recipes = spell_out_adapted(program, _into(plan, on_nf4))
-        result = fold_adapters(program, recipes)
-        recipes, folded, kept = result.recipes, result.sites, result.kept
-        if kept and plan.adapters == "merge":
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
-            raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
-    if plan.quantize:
-        recipes = quantize_program(program, model, recipes)
-    return Deployed(
-        recipes, {"form": form, "folded": folded, "inline": kept}, nf4_sites(program), DTYPES.get(plan.into or "")
-    )
+    return "inline" if inline else "merge"
 
 
-def _adapted(program: ExportedProgram) -> list[str]:
-    tensors = Tensors(program)
-    return list(dict.fromkeys(site_of(node, tensors) for node in program.graph.nodes if node.target in ADAPTERS))
-
-
-def _into(plan: Plan, sites: list[str]) -> torch.dtype:
-    if plan.into is None:
-        raise ExportError(
-            f"adapters='merge' on weights stored as NF4 ({sites[0]}{', …' if len(sites) > 1 else ''}): rounding "
-            "back to NF4 would erase a small update. Keep the pair beside the base with adapters='inline' (exact, the "
-            "default), or give into='float32' or into='bfloat16' to dequantize and fold"
-        )
-    return DTYPES[plan.into]
+def _kept(merge: Result | None) -> dict[str, str]:
+    return {refusal.node: refusal.reason for refusal in merge.refusals} if merge is not None else {}

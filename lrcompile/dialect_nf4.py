@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from lrcompile.dialect import LIBRARY
 from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, Tables, nf4_shapes, tables
@@ -79,7 +78,7 @@ def nf4_linear_aten(
 ) -> Tensor:  # fmt: skip
     """The op spelled in torch's own, to lower it by: same arguments, same numbers, traceable and differentiable.
 
-    `pairs` and `dynamic` are the two code tables where the caller holds them already (see `decompose`).
+    `pairs` and `dynamic` are the two code tables where the caller holds them already (see the pass `expand-nf4`).
     """
     nf4 = Nf4(codes, absmax, absmax_scale, absmax_offset)
     constants = None if pairs is None or dynamic is None else Tables(pairs, dynamic)
@@ -148,23 +147,3 @@ def _autocast(device_type: str, x: Tensor, *rest: Any) -> Tensor:
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 for _device_type, _key in _AUTOCAST_KEYS.items():
     LIBRARY.impl("nf4_linear", partial(_autocast, _device_type), _key.name)
-
-
-def decompose(module: GraphModule) -> bool:
-    """Replace each `nf4_linear` of a graph (`exported.module()`, say) by its plain form, in place; was there one?
-
-    The result is to be captured again, which traces through `nf4_linear_aten`. The code tables become buffers of
-    `module`, one pair a device: a decomposition inside `ExportedProgram.run_decompositions` could not add a constant.
-    """
-    nodes = [node for node in module.graph.nodes if node.target is torch.ops.lrcompile.nf4_linear.default]
-    for node in nodes:
-        device = node.args[1].meta["val"].device
-        names = [f"lrcompile_nf4_{field}_{device.type}{device.index or 0}" for field in Tables._fields]
-        with module.graph.inserting_before(node):
-            for name, tensor in zip(names, tables(device), strict=True):
-                if not hasattr(module, name):
-                    module.register_buffer(name, tensor, persistent=False)
-            node.args = (*node.args, *(module.graph.get_attr(name) for name in names))
-        node.target = nf4_linear_aten
-    module.recompile()
-    return bool(nodes)

@@ -92,7 +92,7 @@ def export(
     refuse_wrapped(model, "export")
     with _status(f"capturing {type(model).__name__}"):
         captured = capture(model, example_inputs, dynamic_shapes)
-        deployed = deploy(captured.program, model, plan)
+        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")
     manifest = _manifest(path, model, plan, captured, deployed)
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     write(path, captured, deployed, manifest, opset)
@@ -106,6 +106,7 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "versions": versions(),
         **ports(captured.program, captured.outputs, captured.dimensions),
         "dimensions": {name: captured.limits.get(name) for name in dict.fromkeys(captured.dimensions.values())},
+        "pipeline": deployed.pipeline,
         "adapters": deployed.adapters,
         "quantize": plan.quantize,
         "nf4": deployed.nf4,
@@ -121,7 +122,7 @@ def _write_onnx(
     from lrcompile.interop.onnx_writing import write
 
     with _status(f"lowering to {path.name}"):
-        lowered = lower(captured, deployed.recipes, opset)
+        lowered = lower(captured, deployed.program.pending, opset)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
 
     def describe(hashes: dict[str, str]) -> bytes:
@@ -141,7 +142,7 @@ def _write_package(
         return encoded(manifest)
 
     with _status(f"compiling {path.name}"):
-        write(captured, deployed.recipes, path, describe)
+        write(deployed.program, path, describe)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lrcompile.passes.pipeline import Pipeline
 
 _BUILT_IN = {
+    "dequantize-nf4": "dequantize_nf4:DequantizeNf4",
     "drop-zero-adapters": "drop_zero_adapters:DropZeroAdapters",
     "expand-lora": "expand_lora:ExpandLora",
     "expand-nf4": "expand_nf4:ExpandNf4",

@@ -5,19 +5,52 @@ preserves.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from lrcompile.folding import Recipe
+from lrcompile.passes.tensors import View
 
 Equivalence = Literal["exact", "reassociation", "cast", "approximate"]
 """exact: the same bits. reassociation: the same algebra in another order. cast: that, plus one rounding to the
-weight's dtype. approximate: an error the pass states (`tolerance`)."""
+weight's dtype. approximate: an error the pass states and measures."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """s·B·A, to be added to one view of a weight."""
+
+    view: View
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    transposed: bool
+    """The view is [in, out]."""
+
+    def add_to(self, weight: Tensor) -> None:
+        delta = (self.B.to(weight.dtype) @ self.A.to(weight.dtype)).mul_(self.scale.to(weight.dtype))
+        self.view.of(weight).add_(delta.mT if self.transposed else delta)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A weight not computed yet: `base()` and its updates, accumulated in float32 or wider, rounded once to `dtype`."""
+
+    base: Callable[[], Tensor]
+    dtype: torch.dtype
+    shape: torch.Size
+    updates: tuple[Update, ...] = ()
+
+    def __call__(self) -> Tensor:
+        base = self.base()
+        weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        for update in self.updates:
+            update.add_to(weight)
+        return weight.to(self.dtype)
 
 
 @dataclass
@@ -27,19 +60,28 @@ class Program:
     exported: ExportedProgram
     model: nn.Module
     """The module it was captured from: the names and roles of its parts. Never changed."""
-    recipes: dict[str, Recipe] = field(default_factory=dict)
+    pending: dict[str, Pending] = field(default_factory=dict)
+    """By name of the weight in the program. A writer computes one at a time."""
+
+    def compute(self) -> None:
+        """Compute every pending weight, for a consumer that needs them all."""
+        state = self.exported.state_dict
+        state.update({name: _like(state[name], weight()) for name, weight in self.pending.items()})
+        self.pending = {}
 
     def module(self) -> nn.Module:
-        """A module that computes what the program does now, every recipe evaluated."""
-        given = {name: self.exported.state_dict[name] for name in self.recipes if name in self.exported.state_dict}
+        """A module that computes what the program does now; the program keeps its pending weights."""
+        state, pending = self.exported.state_dict, self.pending
+        held = {name: state[name] for name in pending}
         try:
-            self.exported.state_dict.update({name: _like(given[name], self.recipes[name]()) for name in given})
+            self.compute()
             return self.exported.module(check_guards=False)
         finally:
-            self.exported.state_dict.update(given)
+            state.update(held)
+            self.pending = pending
 
 
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
@@ -57,6 +99,8 @@ class Result:
 
     count: int
     refusals: tuple[Refusal, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Of an `approximate` pass: the measured error of each tensor it changed, in the unit of its `tolerance`."""
 
     @property
     def modified(self) -> bool:
@@ -70,7 +114,7 @@ class Pass(ABC):
     name: ClassVar[str]
     preserves: ClassVar[Equivalence]
     tolerance: ClassVar[float] = 0.0
-    """Of an `approximate` pass: the largest ‖y' − y‖ / ‖y‖ it may cause at an output."""
+    """Of an `approximate` pass: the largest error it may cause in a tensor, in a unit its docstring gives."""
 
     @abstractmethod
     def apply(self, program: Program) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lrcompile.passes.base import Pass
+from lrcompile.passes.dequantize_nf4 import DequantizeNf4
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_lora import ExpandLora
 from lrcompile.passes.expand_nf4 import ExpandNf4
@@ -15,17 +16,21 @@ from lrcompile.passes.quantize_nf4 import QuantizeNf4
 
 
 def deploy(
-    adapters: Literal["merge", "inline"], *, into: str = "keep", quantize: str | None = None, keep_nf4: bool = True
+    adapters: Literal["merge", "inline"], *, into: str | None = None, quantize: bool = False, keep_nf4: bool = True
 ) -> Pipeline:
-    """The passes an export runs. `keep_nf4`: the runtime has an operator for NF4 codes, so they stay one node."""
+    """The passes an export runs. `into`: what a merge makes of NF4 weights. `keep_nf4`: the runtime has an operator for
+    NF4 codes, so they stay one node.
+    """
     none: tuple[Pass, ...] = ()
     return Pipeline(
         (
             # 1. adapters
             DropZeroAdapters(),
-            *((MergeLora(into=into),) if adapters == "merge" else (FoldScale(),)),
+            *((DequantizeNf4(into),) if into is not None else none),
+            *((MergeLora(),) if adapters == "merge" else none),
+            FoldScale(),
             # 2. storage of the weights
-            *((QuantizeNf4(),) if quantize == "nf4" else none),
+            *((QuantizeNf4(),) if quantize else none),
             # 3. out of the dialect
             ExpandLora(),
             *(none if keep_nf4 else (ExpandNf4(),)),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lrcompile.folding import LOOKUP, LORA
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
-from lrcompile.programs import Tensors
+from lrcompile.passes.nodes import ADAPTERS, tidy
+from lrcompile.passes.tensors import Tensors, substitute
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,12 @@ class DropZeroAdapters(Pass):
     def apply(self, program: Program) -> Result:
         graph, tensors, count = program.exported.graph, Tensors(program.exported), 0
         for node in list(graph.nodes):
-            if node.target not in (LORA, LOOKUP):
+            if node.target not in ADAPTERS:
                 continue
             B = tensors.value(node.args[3])
             if B is not None and not B.any():
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+                substitute(program.exported, node, node.args[0])
                 count += 1
         if count:
-            graph.eliminate_dead_code()
-            program.exported.graph_module.recompile()
+            tidy(program.exported)
         return Result(count)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
-from lrcompile.programs import Tensors
+from lrcompile.passes.nodes import LORA, call, tidy
+from lrcompile.passes.tensors import Tensors, substitute
 
 aten = torch.ops.aten
-LORA = torch.ops.lrcompile.lora.default
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,18 @@ class ExpandLora(Pass):
                 continue
             value = tensors.value(scale)
             with graph.inserting_before(node):
-                code = _call(graph, aten.linear.default, x, A)
+                code = call(graph, aten.linear.default, x, A)
                 if value is None or float(value) != 1.0:
-                    cast = scale if _dtype(scale) == _dtype(y) else _call(graph, aten.to.dtype, scale, _dtype(y))
-                    code = _call(graph, aten.mul.Tensor, code, cast)
-                result = _call(graph, aten.add.Tensor, y, _call(graph, aten.linear.default, code, B))
+                    cast = scale if _dtype(scale) == _dtype(y) else call(graph, aten.to.dtype, scale, _dtype(y))
+                    code = call(graph, aten.mul.Tensor, code, cast)
+                result = call(graph, aten.add.Tensor, y, call(graph, aten.linear.default, code, B))
             result.meta = {**node.meta}
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            substitute(program.exported, node, result)
             count += 1
         if count:
-            graph.eliminate_dead_code()
-            program.exported.graph_module.recompile()
+            tidy(program.exported)
         return Result(count)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
     return node.meta["val"].dtype
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {"val": target(*(each.meta["val"] if isinstance(each, fx.Node) else each for each in args))}
-    return node

@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lrcompile.dialect_nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_linear import tables
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
-from lrcompile.program_nf4 import NF4_LINEAR
-from lrcompile.programs import Tensors
+from lrcompile.passes.nodes import NF4_LINEAR, tidy
+from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class ExpandNf4(Pass):
         ]
         for node in nodes:
             _inline(node, [*node.args, *constants])
-        graph.eliminate_dead_code()
-        graph.lint()
-        program.exported.graph_module.recompile()
+        tidy(program.exported)
         return Result(len(nodes))
 
 

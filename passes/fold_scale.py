@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lrcompile.folding import LOOKUP, LORA
 from lrcompile.passes.base import Equivalence, Pass, Program, Refusal, Result
-from lrcompile.programs import Tensors
+from lrcompile.passes.nodes import ADAPTERS, tidy
+from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FoldScale(Pass):
 
     def apply(self, program: Program) -> Result:
         tensors, count, refusals = Tensors(program.exported), 0, []
-        for node in [n for n in program.exported.graph.nodes if n.target in (LORA, LOOKUP)]:
+        for node in [n for n in program.exported.graph.nodes if n.target in ADAPTERS]:
             B, scale = tensors.value(node.args[3]), tensors.value(node.args[4])
             if B is None or scale is None:
                 refusals.append(Refusal(node.name, "its B or its scale depends on an input"))
@@ -33,8 +33,7 @@ class FoldScale(Pass):
                 self._fold(node, tensors, B, scale)
                 count += 1
         if count:
-            program.exported.graph.eliminate_dead_code()
-            program.exported.graph_module.recompile()
+            tidy(program.exported)
         return Result(count, tuple(refusals))
 
     @staticmethod

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lrcompile.dialect_nf4 import decompose, nf4_linear_aten
+from lrcompile.dialect_nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
 
 op = torch.ops.lrcompile.nf4_linear
@@ -209,16 +209,6 @@ def test_export_keeps_one_node_and_any_batch(net, strict):
     for program in (exported, exported.run_decompositions()):
         assert _targets(program.graph_module).count(op.default) == 1
     assert torch.equal(exported.module()(_randn(9, 11)), net(_randn(9, 11)))
-
-
-def test_a_captured_graph_decomposes_into_torchs_own_ops_with_the_same_bits(net):
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
-    captured = torch.export.export(net, (_randn(4, 11),), dynamic_shapes=dynamic).module()
-    assert decompose(captured)
-    assert not decompose(captured)
-    again = torch.export.export(captured, (_randn(4, 11),), dynamic_shapes=dynamic).run_decompositions()
-    assert all(target.namespace == "aten" for target in _targets(again.graph_module) if hasattr(target, "namespace"))
-    assert torch.equal(again.module()(_randn(9, 11)), net(_randn(9, 11)))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -13,9 +13,10 @@ from torch import nn
 import lrcompile
 from lrcompile.capture import capture
 from lrcompile.errors import ExportError
-from lrcompile.folding import Recipe, fold_adapters
 from lrcompile.kernels.nf4_linear import Nf4, decode_absmax
 from lrcompile.nf4_modules import codes_of
+from lrcompile.passes.base import Pending, Program
+from lrcompile.passes.merge_lora import MergeLora
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -97,17 +98,18 @@ def lowered() -> tuple[Any, Any, list[str]]:
     lrcompile.apply(net, lrcompile.spec("lora", rank=3, targets=["inner"]))
     nn.init.normal_(net.inner.lrcompile_adapters["weight"]["default"].B)
     captured = capture(net, {"ids": _ids(2, 6)})
-    recipes, computed = fold_adapters(captured.program).recipes, []
+    program, computed = Program(captured.program, net), []
+    MergeLora().apply(program)
 
-    def counted(name, recipe):
-        class Counted(Recipe):
+    def counted(name, weight):
+        class Counted(Pending):
             def __call__(self):
                 computed.append(name)
                 return super().__call__()
 
-        return Counted(recipe.base, recipe.dtype, recipe.shape, recipe.updates)
+        return Counted(weight.base, weight.dtype, weight.shape, weight.updates)
 
-    model = lower(captured, {name: counted(name, recipe) for name, recipe in recipes.items()})
+    model = lower(captured, {name: counted(name, weight) for name, weight in program.pending.items()})
     assert computed == [], "a folded weight was computed before it is written"
     return net, model, computed
 

@@ -1,7 +1,7 @@
 """Lower a captured program to an ONNX model that ONNX Runtime accepts, weights still unevaluated.
 
 `torch.onnx` translates; this module decides what it must not: no weight is folded or transposed in memory (transposes
-of held tensors become recipes, evaluated when written), 4-bit codes stay codes, and dimensions carry the names users
+of held tensors are pending, evaluated when written), 4-bit codes stay codes, and dimensions carry the names users
 know.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lrcompile.capture import Captured
 from lrcompile.errors import ExportError
-from lrcompile.folding import Recipe
 from lrcompile.interop.onnx_nf4 import expand_absmax, translation
+from lrcompile.passes.base import Pending
 
 OPSETS = range(18, 26)  # torch's translations start at 18, and its converter has no way to 26
 DEFAULT_OPSET = 20
@@ -31,8 +31,8 @@ _LOWEST_IR, _HIGHEST_IR = 10, 13
 _LARGE = 1024  # elements; smaller tensors are constants rather than weights and may be folded
 
 
-def lower(captured: Captured, recipes: Mapping[str, Recipe], opset: int | None = None) -> ir.Model:
-    """The ONNX model of a captured program; `recipes` compute the weights of their names. The program is consumed.
+def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None = None) -> ir.Model:
+    """The ONNX model of a captured program; `pending` weights are computed when written. The program is consumed.
 
     Raises ExportError for an opset out of range and for an operation ONNX has no form of.
     """
@@ -58,7 +58,7 @@ def lower(captured: Captured, recipes: Mapping[str, Recipe], opset: int | None =
         raise ExportError(
             f"the model's operations cannot be expressed in opset {opset}; try the default, {DEFAULT_OPSET}"
         )
-    _install(model, recipes)
+    _install(model, pending)
     _fold_transposes(model)
     protected = {
         name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])
@@ -89,11 +89,11 @@ def _is_large(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.size >= _LARGE
 
 
-def _install(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
+def _install(model: ir.Model, pending: Mapping[str, Pending]) -> None:
     initializers = model.graph.initializers
-    for name, recipe in recipes.items():
+    for name, weight in pending.items():
         if name in initializers:
-            initializers[name].const_value = lazy(recipe, recipe.dtype, recipe.shape, name)
+            initializers[name].const_value = lazy(weight, weight.dtype, weight.shape, name)
 
 
 def lazy(compute: Callable[[], Tensor], dtype: torch.dtype, shape: torch.Size, name: str) -> ir.LazyTensor:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from lrcompile import dialect_nf4 as dialect_nf4  # registers torch.ops.lrcompile.nf4_linear
 from lrcompile.kernels.nf4_linear import CODEBOOK, Nf4, decode_absmax
-from lrcompile.programs import Tensors
+from lrcompile.passes.tensors import Tensors
 
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
 _KERNEL_BLOCKS = (16, 32, 64, 128, 256)  # others load, and fail when the session runs

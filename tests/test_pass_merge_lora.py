@@ -14,7 +14,9 @@ from torch.export import Dim
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
 from lrcompile.capture import capture
-from lrcompile.folding import LORA, Folded, fold_adapters
+from lrcompile.passes.base import Program
+from lrcompile.passes.merge_lora import MergeLora
+from lrcompile.passes.nodes import LORA
 
 lora, lookup = torch.ops.lrcompile.lora, torch.ops.lrcompile.lora_embedding
 IN, OUT, RANK = 5, 7, 3
@@ -46,22 +48,26 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def _fold(net: nn.Module, *inputs: torch.Tensor) -> tuple[Folded, torch.Tensor, torch.Tensor]:
+def _merged(exported: torch.export.ExportedProgram, net: nn.Module) -> tuple[Program, dict[str, str]]:
+    """The program after the pass, and by site why an adapter was kept."""
+    program = Program(exported, net)
+    result = MergeLora().apply(program)
+    assert not MergeLora().apply(program).modified, "the pass is not idempotent"
+    return program, {refusal.node: refusal.reason for refusal in result.refusals}
+
+
+def _fold(net: nn.Module, *inputs: torch.Tensor) -> tuple[Program, dict[str, str], torch.Tensor, torch.Tensor]:
     free = tuple({axis: Dim.DYNAMIC for axis in range(x.dim() - 1)} for x in inputs)
-    program = capture(net, inputs, free).program
     with torch.no_grad():
         before = net(*inputs)
-    folded = fold_adapters(program)
-    for name, recipe in folded.recipes.items():
-        value = recipe()
-        assert value.dtype == recipe.dtype
-        assert value.shape == recipe.shape
-        held = program.state_dict[name]
-        program.state_dict[name] = nn.Parameter(value) if isinstance(held, nn.Parameter) else value
-    left = [node for node in program.graph.nodes if node.target is LORA]
-    assert bool(left) == bool(folded.kept)
+    program, kept = _merged(capture(net, inputs, free).program, net)
+    for weight in program.pending.values():
+        assert weight().dtype == weight.dtype
+        assert weight().shape == weight.shape
+    left = [node for node in program.exported.graph.nodes if node.target is LORA]
+    assert bool(left) == bool(kept)
     with torch.no_grad():
-        return folded, before, program.run_decompositions().module()(*inputs)
+        return program, kept, before, program.module()(*inputs)
 
 
 def _apply_to(net, pair, x):
@@ -97,9 +103,9 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", BODIES)
 def test_folding_keeps_the_function(name):
     body, shapes = BODIES[name]
-    folded, before, after = _fold(Net(body, **shapes), X)
-    assert not folded.kept
-    assert list(folded.recipes) == ["W"]
+    program, kept, before, after = _fold(Net(body, **shapes), X)
+    assert not kept
+    assert list(program.pending) == ["W"]
     assert (before - after).abs().max() <= 1e-13 * before.abs().max()
 
 
@@ -123,9 +129,9 @@ SHARED: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SHARED)
 def test_other_uses_of_the_weight_keep_its_numbers(name):
     body, shapes = SHARED[name]
-    folded, before, after = _fold(Net(body, **shapes), X)
-    assert not folded.kept
-    assert "W" not in folded.recipes  # it stays as it is; the adapted uses got copies
+    program, kept, before, after = _fold(Net(body, **shapes), X)
+    assert not kept
+    assert "W" not in program.pending  # it stays as it is; the adapted uses got copies
     assert (before - after).abs().max() <= 1e-13 * before.abs().max()
 
 
@@ -139,10 +145,10 @@ KEPT: dict[str, Any] = {
 
 @pytest.mark.parametrize("reason", KEPT)
 def test_what_cannot_be_folded_is_kept_and_says_why(reason):
-    folded, before, after = _fold(Net(KEPT[reason], W=(OUT, IN)), X)
-    assert list(folded.kept) == ["one"]
-    assert reason in folded.kept["one"]
-    assert not folded.recipes
+    program, kept, before, after = _fold(Net(KEPT[reason], W=(OUT, IN)), X)
+    assert list(kept) == ["one"]
+    assert reason in kept["one"]
+    assert not program.pending
     assert torch.equal(before, after)
 
 
@@ -157,8 +163,8 @@ def test_an_embedding_folds_by_row():
         def forward(self, ids):
             return lookup(F.embedding(ids, self.W, 3), ids, self.A, self.B, self.scale, 3)
 
-    folded, before, after = _fold(Table(), torch.arange(22).view(2, 11) % 11)
-    assert list(folded.recipes) == ["W"]
+    program, _, before, after = _fold(Table(), torch.arange(22).view(2, 11) % 11)
+    assert list(program.pending) == ["W"]
     # one product and one sum of rank terms in each of two orders
     assert (before - after).abs().max() <= 2 * (RANK + 2) * 2**-24 * 40
 
@@ -174,17 +180,17 @@ def test_a_folded_weight_is_the_float32_sum_rounded_once(dtype, seed):
     net.to(dtype)
     holder: Any = nn.ModuleDict({"net": net, "pair": pair})
     holder.forward = lambda x: pair(net(x), x)
-    folded = fold_adapters(capture(holder, (torch.ones(2, IN, dtype=dtype),)).program)
-    (recipe,) = folded.recipes.values()
+    program, _ = _merged(capture(holder, (torch.ones(2, IN, dtype=dtype),)).program, holder)
+    (weight,) = program.pending.values()
     expected = net.weight.float() + pair.scale * (pair.B @ pair.A)
-    assert torch.equal(recipe(), expected.to(dtype))
+    assert torch.equal(weight(), expected.to(dtype))
 
 
 def test_nothing_is_computed_before_it_is_asked_for():
     body, shapes = BODIES["linear"]
     net: Any = Net(body, **shapes)
-    program = capture(net, (X,), ({0: Dim.DYNAMIC},)).program
-    (recipe,) = fold_adapters(program).recipes.values()
-    assert program.state_dict["W"].data_ptr() == net.W.data_ptr()
-    assert torch.equal(net.W, recipe.base())
-    assert recipe().data_ptr() != net.W.data_ptr()
+    program, _ = _merged(capture(net, (X,), ({0: Dim.DYNAMIC},)).program, net)
+    (weight,) = program.pending.values()
+    assert program.exported.state_dict["W"].data_ptr() == net.W.data_ptr()
+    assert torch.equal(net.W, weight.base())
+    assert weight().data_ptr() != net.W.data_ptr()

@@ -1,0 +1,65 @@
+"""dequantize-nf4: x·(c[q]·m)ᵀ = xWᵀ with W = round(c[q]·m), where an adapter waits to be folded into W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from lrcompile.errors import SpecError
+from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4
+from lrcompile.passes.base import Equivalence, Pass, Pending, Program, Result
+from lrcompile.passes.nodes import LORA, NF4_LINEAR, call, tidy
+from lrcompile.passes.tensors import Tensors, substitute
+
+aten = torch.ops.aten
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DequantizeNf4(Pass):
+    """x·(c[q]·m)ᵀ = xWᵀ for every NF4 linear map that an adapter adds to; W is pending, written in `into`.
+
+    Folding into codes would round a small update away; into a float weight it costs one rounding to `into`.
+    """
+
+    name: ClassVar[str] = "dequantize-nf4"
+    preserves: ClassVar[Equivalence] = "cast"
+    into: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.into not in DTYPES:
+            message = f"into={self.into!r} is not valid: choose one of {', '.join(map(repr, DTYPES))}"
+            raise SpecError(message, field="into")
+
+    def apply(self, program: Program) -> Result:
+        graph, tensors = program.exported.graph, Tensors(program.exported)
+        found = [n for n in graph.nodes if n.target is NF4_LINEAR and any(user.target is LORA for user in n.users)]
+        for node in found:
+            self._spell_out(program, tensors, node)
+        if found:
+            tidy(program.exported)
+        return Result(len(found))
+
+    def _spell_out(self, program: Program, tensors: Tensors, node: fx.Node) -> None:
+        x, codes, absmax, scale, offset, bias, out_features, in_features, block_size, transposed, _ = node.args
+        second = (None, None) if scale is None else (tensors.get(scale), tensors.get(offset))
+        nf4 = Nf4(tensors.get(codes), tensors.get(absmax), *second)
+        shape = torch.Size((in_features, out_features) if transposed else (out_features, in_features))
+        dtype, activations = DTYPES[self.into], node.meta["val"].dtype
+        # the program needs a tensor of this shape and dtype to refer to; one element, expanded, costs no memory
+        stand_in = torch.empty(1, dtype=dtype).expand(shape)
+        weight = tensors.add(tensors.targets[codes.name].removesuffix("_codes"), stand_in, codes)
+        value = partial(dequantize_nf4, nf4, tuple(shape), block_size)
+        program.pending[tensors.targets[weight.name]] = Pending(value, dtype, shape)
+        graph = program.exported.graph
+        with graph.inserting_before(node):
+            read = call(graph, aten.t.default, weight) if transposed else weight
+            if dtype != activations:  # written in `into`, read in the activations' dtype
+                read = call(graph, aten.to.dtype, read, activations)
+            linear = graph.call_function(aten.linear.default, (x, read, bias))
+        linear.meta = dict(node.meta)
+        substitute(program.exported, node, linear)

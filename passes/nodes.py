@@ -1,0 +1,59 @@
+"""The dialect's nodes in a captured program: which they are, whose they are, and how to make new ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from lrcompile import dialect as dialect  # these three register torch.ops.lrcompile
+from lrcompile import dialect_experts as dialect_experts
+from lrcompile import dialect_nf4 as dialect_nf4
+from lrcompile.passes.tensors import Tensors
+
+LORA = torch.ops.lrcompile.lora.default
+LOOKUP = torch.ops.lrcompile.lora_embedding.default
+EXPERTS = torch.ops.lrcompile.lora_experts.default
+ADAPTERS = (LORA, LOOKUP, EXPERTS)
+"""Ops of the form op(y, x, A, B, scale, …) that add an adapter's output to y."""
+NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
+
+
+def adapted_sites(program: ExportedProgram) -> list[str]:
+    """The sites whose adapters are nodes of the program, in order."""
+    tensors = Tensors(program)
+    return list(dict.fromkeys(site_of(node, tensors) for node in program.graph.nodes if node.target in ADAPTERS))
+
+
+def nf4_sites(program: ExportedProgram) -> list[str]:
+    """The linear maps of the program whose weight is stored as NF4."""
+    tensors = Tensors(program)
+    found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is NF4_LINEAR]
+    return list(dict.fromkeys(name.removesuffix("_codes").removesuffix(".weight") for name in found))
+
+
+def site_of(node: fx.Node, tensors: Tensors) -> str:
+    """The site an adapter node belongs to: where its factors live, or else the name of the node."""
+    factors = node.args[2]
+    while isinstance(factors, fx.Node) and factors.op == "call_function":
+        factors = factors.args[0]
+    name = tensors.target(factors) or node.name
+    host, mark, rest = name.partition("lrcompile_adapters.")
+    slot = rest.split(".")[0]
+    return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else name.removesuffix(".A")
+
+
+def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A new node at the graph's insertion point, with the fake value of its result."""
+    node = graph.call_function(target, args)
+    node.meta = {"val": target(*(each.meta["val"] if isinstance(each, fx.Node) else each for each in args))}
+    return node
+
+
+def tidy(program: ExportedProgram) -> None:
+    """Drop what nothing uses any more, check the graph, and make its code anew."""
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.graph_module.recompile()
