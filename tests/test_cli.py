@@ -118,6 +118,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("package", "extra"), [("onnxruntime", "onnx"), ("matplotlib", "demo")])
+def test_a_missing_extra_is_named_before_any_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refused(run("demo", "--out", tmp_path / "out"))
+    assert f"pip install 'lrcompile[{extra}]'" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_passes_lists_each_pass_with_what_it_preserves(run: Run) -> None:
     from lrcompile import passes
 
@@ -253,6 +263,22 @@ def test_a_folder_that_cannot_be_written_is_refused(run: Run, tiny: Path, adapte
     assert "cannot write" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny: Path, adapter: Path, tmp_path: Path, command: str) -> None:
+    """A limit on the size of files fails a write for real, as a full disk does."""
+    more = [str(adapter)] if command == "merge" else []
+    arguments = [command, str(tiny), *more, "--out", str(tmp_path / "out")]
+    code = f"""
+import resource, sys
+from lrcompile.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+sys.exit(main({arguments!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "cannot write" in refused((done.returncode, done.stdout, done.stderr))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_to_another_suffix_is_refused(run: Run, tiny: Path, tmp_path: Path) -> None:

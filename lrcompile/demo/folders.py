@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
 from lrcompile.demo.sources import ModelError, load_encoder, load_tokenizer, untrained_encoder
+from lrcompile.demo.tensors import fill, writing
 
 if TYPE_CHECKING:
     from lrcompile.demo.model import TextClassifier
@@ -34,6 +35,7 @@ class Card:
     version: int = 1
 
 
+@writing()
 def save_classifier(folder: Path, model: TextClassifier, tokenizer: Any, card: Card) -> None:
     """Write `model` into `folder`, which is made; a quantized one as its codes, any other plain, as `card.encoder`
     says.
@@ -78,9 +80,6 @@ def load_classifier(folder: str | Path) -> TextClassifier:
     """Rebuild what `save_classifier` wrote, in eval mode. A named encoder is taken from this machine, never from
     the network.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from lrcompile.demo.model import TextClassifier
 
     card = load_card(folder)
@@ -89,11 +88,7 @@ def load_classifier(folder: str | Path) -> TextClassifier:
         assert isinstance(model, TextClassifier)
         return model
     model = TextClassifier(load_encoder(encoder_of(folder), online=False), len(card.labels))
-    path = Path(folder) / HEAD
-    try:
-        model.head.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{path} does not fit this classifier: {' '.join(str(error).split())[:300]}") from error
+    fill(model.head, Path(folder) / HEAD)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 from lrcompile.demo.sources import ModelError
+from lrcompile.demo.tensors import fill
 
 WEIGHTS = "nf4.safetensors"
 CARD = "nf4.json"
@@ -46,9 +47,6 @@ def load_nf4(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     """`build()` gives the plain model with any weights; its named maps become NF4 and every tensor is read from the
     folder.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     import lrcompile
 
     path = Path(folder) / CARD
@@ -62,9 +60,5 @@ def load_nf4(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
         raise ModelError(f"{path} has version {version!r}; this lrcompile reads version 1")
     model = build()
     lrcompile.quantize(model, "nf4", targets=names, **options)
-    weights = Path(folder) / WEIGHTS
-    try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{weights} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+    fill(model, Path(folder) / WEIGHTS)
     return model.eval()

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lrcompile.demo.folders import (
     INSIDE,
@@ -24,6 +22,7 @@ from lrcompile.demo.folders import (
 from lrcompile.demo.model import TextClassifier
 from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
 from lrcompile.demo.sources import ModelError, load_pretrained, load_tokenizer, skeleton, untrained
+from lrcompile.demo.tensors import read_tensors, writing
 from lrcompile.quantizing import is_nf4
 
 
@@ -35,6 +34,7 @@ class Opened:
     model: Any
     card: Card | None
 
+    @writing()
     def save(self, folder: Path) -> None:
         """Write the model as it is now: plain, or as NF4 codes."""
         if self.card is not None:
@@ -52,10 +52,7 @@ class Opened:
     def inputs(self, file: str | None, texts: list[str]) -> dict[str, Any]:
         """The tensors of `file`, or `texts` through the model's tokenizer, as keyword arguments of its forward."""
         if file is not None:
-            try:
-                return dict(load_file(file))
-            except SafetensorError as error:
-                raise ModelError(f"{file} is not a safetensors file: {error}") from error
+            return dict(read_tensors(file))
         encoded = self.tokenizer()(
             texts, padding=True, truncation=True, max_length=self._max_length(), return_tensors="pt"
         )
