@@ -63,6 +63,8 @@ def attach(model: nn.Module, spec: Spec, name: str, matched: Matched, *, trainab
     first = not has_state(model)
     state = State() if first else state_of(model)
     require_settled(state, "apply")
+    if first:
+        _refuse_foreign(model)
     _check_name(state, name)
     if state.merged:
         raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
@@ -108,6 +110,17 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         training = tuple(other for other in state.training if other != each)
         _take_out(model, state, each, state.sites[each], active, training)
     return model
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Two states over one weight would each run its adapters: both times all of them."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterSlots):
+            host = name.removesuffix(sites.ADAPTERS).rstrip(".") or "this module"
+            raise AdapterError(
+                f"{host} carries an adapter that was applied to another model (a part of this one, a whole around it, or"
+                " the original of a copied graph); apply to that model, or lrcompile.remove(it) first"
+            )
 
 
 def _check_name(state: State, name: str) -> None:

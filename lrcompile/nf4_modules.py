@@ -46,7 +46,8 @@ class Nf4Linear(Host):
 
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()
         layout, nf4 = layout_of(self), codes_of(self)
         return torch.ops.lrcompile.nf4_linear(
             x, *nf4, self.bias, layout.out_features, layout.in_features, layout.block_size, layout.transposed,

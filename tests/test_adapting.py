@@ -248,6 +248,21 @@ def test_a_failure_halfway_is_undone(monkeypatch):
     same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("first", ["part", "whole"])
+def test_a_part_and_the_whole_cannot_both_be_adapted_as_adapters_would_act_twice(first):
+    part = nn.Sequential(nn.Linear(5, 4))
+    whole = nn.ModuleDict({"part": part})
+    one, other = (part, whole) if first == "part" else (whole, part)
+    fill(lrcompile.apply(one, LORA))
+    x = torch.randn(2, 5)
+    y = part(x)
+    with pytest.raises(lrcompile.AdapterError, match="applied to another model"):
+        lrcompile.apply(other, LORA, name="b")
+    assert torch.equal(part(x), y)
+    lrcompile.remove(one)
+    lrcompile.apply(other, LORA, name="b")
+
+
 def llama(**more):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

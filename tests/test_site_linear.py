@@ -168,6 +168,13 @@ def test_peft_gives_the_same_outputs_and_gradients_from_the_same_tensors():
         torch.testing.assert_close(mine.grad, other.grad, check_dtype=False, **close)
 
 
+def test_the_call_of_a_quantized_map_is_that_of_the_original():
+    model: Any = nn.Sequential(nn.Linear(64, 32))
+    lrcompile.quantize(model, "nf4")
+    x = torch.randn(2, 64)
+    assert torch.equal(model[0](input=x), model(x))
+
+
 @pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(input=x)])
 def test_the_call_is_that_of_the_original(call):
     model, _ = adapted(linear(7, 5))
