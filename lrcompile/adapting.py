@@ -118,7 +118,7 @@ def _refuse_foreign(model: nn.Module) -> None:
         if isinstance(module, AdapterSlots):
             host = name.removesuffix(sites.ADAPTERS).rstrip(".") or "this module"
             raise AdapterError(
-                f"{host} carries an adapter that was applied to another model (a part of this one, a whole around it, or"
+                f"{host} carries an adapter that was applied to another model (a part of this one, a whole around it or"
                 " the original of a copied graph); apply to that model, or lrcompile.remove(it) first"
             )
 
