@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lrcompile.adapters import AdapterSet, LoraAdapter
 from lrcompile.errors import AdapterError
 from lrcompile.hosting import swap
 from lrcompile.sites import experts, parameter
+from lrcompile.sites.site import Slot
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,14 +70,20 @@ def routed(dtype=torch.float64, tokens=7, experts_used=EXPERTS, seed=1):
     return draw((tokens, HIDDEN), seed, dtype), index, draw((tokens, TOP), seed + 1, dtype).softmax(-1)
 
 
+def slots_of(module) -> list[Slot]:
+    found = experts.slots(module)
+    assert found is not None
+    return found
+
+
 def adapt(module, rank=RANK, seed=1, zero=False, dropout=0.0, only=None):
     """Adapters with B ≠ 0 (unless `zero`) on both weights, as `apply` would put them there; returns them by slot."""
     if "lrcompile_adapters" not in module._modules:
-        slots = experts.slots(module)
+        slots = slots_of(module)
         swap(module, experts.HOST)
         module.lrcompile_adapters = nn.ModuleDict({s.name: AdapterSet() for s in slots if only in (None, s.name)})
     found = {}
-    for i, slot in enumerate(s for s in experts.slots(module) if only in (None, s.name)):
+    for i, slot in enumerate(s for s in slots_of(module) if only in (None, s.name)):
         sizes = {"copies": slot.copies, "dropout": dropout, "dtype": module.down_proj.dtype}
         adapter = LoraAdapter(slot.in_features, slot.out_features, rank, SCALE, **sizes)
         adapter.A.data = draw(adapter.A.shape, seed + i, adapter.A.dtype)
@@ -91,7 +99,7 @@ def adapt(module, rank=RANK, seed=1, zero=False, dropout=0.0, only=None):
 def folded(family, adapters, dtype):
     """The class as transformers runs it, each s·B·A added by hand and differentiably."""
     plain = built(family, "eager", dtype)
-    state = dict(plain.named_parameters())
+    state: dict[str, torch.Tensor] = dict(plain.named_parameters())
     for slot, adapter in adapters.items():
         delta = SCALE * adapter.B @ adapter.A
         state[slot] = state[slot] + (delta.mT if plain.is_transposed else delta)
@@ -143,7 +151,7 @@ def test_a_zero_update_changes_no_bit_of_the_other_implementations(implementatio
 
 
 def test_without_a_live_adapter_the_original_runs():
-    module = built("mixtral", "grouped_mm", torch.float32)
+    module: Any = built("mixtral", "grouped_mm", torch.float32)
     inputs = routed(torch.float32)
     truth = module(*inputs)
     adapters = adapt(module)
@@ -168,7 +176,7 @@ def test_one_adapted_weight_and_two_adapters_on_it(slot, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_sentinel_index_contributes_nothing_and_gets_no_gradient(implementation):
-    module = built("gpt_oss" if implementation != "eager" else "mixtral", implementation)
+    module: Any = built("gpt_oss" if implementation != "eager" else "mixtral", implementation)
     adapters = adapt(module)
     module._is_expert_parallel = True
     hidden, index, weights = routed(module.down_proj.dtype)
@@ -282,7 +290,7 @@ def test_a_whole_model_through_apply_and_merge_whatever_its_implementation():
 def test_routing_may_be_given_by_the_names_each_class_gives_it():
     called = {"mixtral": ("top_k_index", "top_k_weights"), "gpt_oss": ("router_indices", "routing_weights")}
     for family, names in called.items():
-        module = built(family)
+        module: Any = built(family)
         hidden, *routing = routed()
         by_name = dict(zip(names, routing, strict=True))
         truth = module(hidden, **by_name)
@@ -294,24 +302,24 @@ def test_routing_may_be_given_by_the_names_each_class_gives_it():
 
 
 def test_slots_follow_the_flags_and_are_found_again_on_a_hosted_module():
-    plain = experts.slots(built("mixtral"))
+    plain = slots_of(built("mixtral"))
     assert [(s.name, s.in_features, s.out_features, s.copies, s.transposed) for s in plain] == [
         ("gate_up_proj", HIDDEN, 2 * INNER, EXPERTS, False), ("down_proj", INNER, HIDDEN, EXPERTS, False)
     ]  # fmt: skip
-    assert [(s.name, s.in_features, s.out_features, s.transposed) for s in experts.slots(built("gpt_oss"))] == [
+    assert [(s.name, s.in_features, s.out_features, s.transposed) for s in slots_of(built("gpt_oss"))] == [
         ("gate_up_proj", HIDDEN, 2 * INNER, True), ("down_proj", INNER, HIDDEN, True)
     ]  # fmt: skip
-    assert [s.name for s in experts.slots(built("nemotron_h"))] == ["up_proj", "down_proj"]
+    assert [s.name for s in slots_of(built("nemotron_h"))] == ["up_proj", "down_proj"]
     module = built("mixtral")
     adapt(module)
-    assert experts.slots(module) == plain
+    assert slots_of(module) == plain
     assert experts.slots(nn.Linear(2, 3)) is None
 
 
 def test_weights_in_eight_bits_and_strange_forwards_are_refused_by_name():
     module = built("mixtral", dtype=torch.float32)
     module.down_proj.data = module.down_proj.data.to(torch.float8_e4m3fn)
-    assert "MixtralExperts holds it as torch.float8_e4m3fn" in experts.slots(module)[1].refusal
+    assert "MixtralExperts holds it as torch.float8_e4m3fn" in str(slots_of(module)[1].refusal)
 
     @transformers.integrations.use_experts_implementation
     class Strange(nn.Module):
@@ -322,7 +330,7 @@ def test_weights_in_eight_bits_and_strange_forwards_are_refused_by_name():
         def forward(self, hidden_states, capacity):
             return hidden_states
 
-    assert "Strange.forward takes hidden_states, capacity" in experts.slots(Strange(None))[0].refusal
+    assert "Strange.forward takes hidden_states, capacity" in str(slots_of(Strange(None))[0].refusal)
     hosted = built("mixtral")
     adapt(hosted)
     with pytest.raises(AdapterError, match="experts take hidden states, the indices"):
@@ -359,5 +367,5 @@ def test_experts_that_are_not_decorated_are_traced_or_refused_by_name(family):
     with torch.device("meta"):
         module = cls(config())
     assert experts.slots(module) is None
-    for slot in parameter.slots(module):
+    for slot in parameter.slots(module) or ():
         assert slot.refusal is None or cls.__name__ in slot.refusal or slot.refusal.startswith("it is")
