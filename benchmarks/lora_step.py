@@ -1,11 +1,11 @@
-"""One training step of LoRA, ours and PEFT's beside the frozen model, interleaved in one process: time and bytes saved for backward.
+"""One training step of LoRA, ours and PEFT's beside the frozen model, in one process: time and bytes kept for backward.
 
     python benchmarks/lora_step.py [--pairs 50] [--json FILE]
 
-Models: all-MiniLM-L6-v2 (real weights) on 16 sequences of 64 tokens, and a 4-layer 512-wide Llama on 4 sequences of 128. Rank 16 on
-all linear maps but the head, float32, dropout 0. A step is forward and backward; the denominator is the same step of the frozen base
-(its input carries the gradient, as below the first adapter of a deeper model). Ratios are medians over interleaved rounds, with a 95 %
-bootstrap interval. This machine's clock and neighbours are in the noise; the bytes are exact.
+Models: all-MiniLM-L6-v2 (real weights) on 16 sequences of 64 tokens, and a 4-layer 512-wide Llama on 4 sequences of
+128. Rank 16 on all linear maps, float32, dropout 0. A step is forward and backward; the denominator is the same step of
+the frozen base (its input carries the gradient, as below the first adapter of a deeper model). Ratios are medians over
+interleaved rounds, with a 95 % bootstrap interval. Clock and neighbours are in the noise; the bytes are exact.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], pairs: int) -> dict[s
     outputs = {name: each(x).detach() for name, each in models.items()}
     apart = float((outputs["lrcompile"] - outputs["peft"]).abs().max())
     times: dict[str, list[float]] = {name: [] for name in models}
-    for name, each in models.items():
+    for each in models.values():
         step(each, x)
     gc.disable()
     for _ in track(range(pairs), description=build.__name__, console=Console(stderr=True)):
@@ -159,7 +159,8 @@ def main() -> None:
         rows.append((model, "ours / PEFT's", "", f"{middle:.3f} [{low:.3f}, {high:.3f}]", f"{saved:.3f}"))
     print(render(("model", "step", "median ms", "ratio [95 %]", "bytes saved for backward"), rows))
     if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **results}, indent=2))
+        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), **results}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dict[str, Any]:
-    """What the file is held to; weights `stored` in a narrower dtype than the model's `inner` one add their rounding."""
+    """What the file is held to; weights `stored` in a narrower dtype than the model computes in (`inner`) add theirs."""
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
     reason = _REASON + (_REASON_NF4 if has_nf4 else "")
     if wider > 1:

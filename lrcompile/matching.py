@@ -142,6 +142,7 @@ def _trained_names(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[s
         targeting.require_hits(modules, spec.train_modules, "train_modules")
     parameters = [name for name, _ in model.named_parameters() if sites.ADAPTERS not in name.split(".")]
     chosen = {name for name in parameters if _inside(name, spec.train_modules)}
+    _refuse_tied(model, spec)
     if spec.train_modules and not chosen:
         raise TargetError(f"train_modules={list(spec.train_modules)} hold no parameters", field="train_modules")
     is_bias = lambda name: name.rpartition(".")[2].endswith("bias")  # noqa: E731
@@ -151,6 +152,19 @@ def _trained_names(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[s
         hosts = {site.host for site in hit}
         chosen |= {name for name in parameters if is_bias(name) and name.rpartition(".")[0] in hosts}
     return tuple(name for name in parameters if name in chosen)
+
+
+def _refuse_tied(model: nn.Module, spec: Spec) -> None:
+    """A parameter in a fully trained module that another module holds too would change that one behind its back."""
+    for names in owners_of_parameters(model).values() if spec.train_modules else ():
+        inside = [name for name in names if _inside(name, spec.train_modules)]
+        outside = [name for name in names if name not in inside]
+        if inside and outside:
+            raise TargetError(
+                f"train_modules: {inside[0]} is one parameter with {outside[0]}, which would change with it; untie them"
+                " first (config.tie_word_embeddings=False and a parameter of its own), or train both",
+                field="train_modules",
+            )
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:

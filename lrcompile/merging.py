@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
 from lrcompile.folds import Fold, Held, exchange, on_host
 from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
@@ -122,13 +123,12 @@ def finalize(model: nn.Module) -> nn.Module:
     """Drop adapters, kept bits and generated classes: what is left is a plain model that computes what the merged one
     does.
     """
-    from lrcompile.adapting import remove
-
     state = state_of(model)
     _check_final(state, state.merged)
     state.folds, state.merged, state.untied_config = {}, (), False
     state.trained.forget()
-    remove(model)
+    for name in list(state.specs):
+        detach(model, state, name, state.sites[name], {}, ())
     return model
 
 

@@ -76,8 +76,17 @@ def output_heads(model: nn.Module) -> dict[str, str]:
     """Names of the linear maps that make the output, with the reason: what "all-linear" leaves alone.
 
     That is `get_output_embeddings()`, and for a `transformers` model with a task head all that lies outside its base
-    model.
+    model; of `model` itself and of every such model inside it.
     """
+    heads: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "get_output_embeddings", None)):
+            start = f"{name}." if name else ""
+            heads |= {start + local: reason for local, reason in _heads_of(module).items()}
+    return heads
+
+
+def _heads_of(model: nn.Module) -> dict[str, str]:
     heads: dict[str, str] = {}
     inner = getattr(model, "base_model", None)
     prefix = getattr(model, "base_model_prefix", "")
@@ -85,12 +94,9 @@ def output_heads(model: nn.Module) -> dict[str, str]:
         for name, _ in model.named_modules():
             if name and name != prefix and not name.startswith(f"{prefix}."):
                 heads[name] = "output head: outside the base model"
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if callable(get) else None
+    output = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(output, nn.Module):
-        for name, module in model.named_modules():
-            if module is output:
-                heads[name] = "output head"
+        heads |= {name: "output head" for name, module in model.named_modules() if module is output}
     return heads
 
 

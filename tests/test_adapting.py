@@ -231,10 +231,10 @@ def test_a_wrong_call_is_one_typed_error_and_changes_nothing(build, call, error,
 
 
 def test_a_failure_halfway_is_undone(monkeypatch):
-    from lrcompile import adapting
+    from lrcompile import attaching
 
     model: Any = Model()
-    before, real, left = snapshot(model), adapting.swap, [1]
+    before, real, left = snapshot(model), attaching.swap, [1]
 
     def fail_second(module, mixin):
         if not left:
@@ -242,7 +242,7 @@ def test_a_failure_halfway_is_undone(monkeypatch):
         left.pop()
         real(module, mixin)
 
-    monkeypatch.setattr(adapting, "swap", fail_second)
+    monkeypatch.setattr(attaching, "swap", fail_second)
     with pytest.raises(MemoryError):
         lrcompile.apply(model, LORA)
     same(before, snapshot(model))
@@ -344,3 +344,25 @@ def test_a_large_model_on_meta_is_adapted_quickly_and_without_memory():
         model = llama(max_position_embeddings=8)
     lrcompile.apply(model, LORA)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_quantizing_method_that_fails_its_proof_leaves_a_float_base_and_the_adapter_before_it():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.used = nn.Linear(5, 7), nn.Linear(7, 64)
+
+        def forward(self, x):
+            return self.used(nn.functional.linear(x, self.read.weight))
+
+    model = Bypass()
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["used"]), name="first")
+    before = snapshot(model)
+    spec = lrcompile.spec("qlora", rank=2, targets=["read", "used"], compute_dtype="float32")
+    with pytest.raises(lrcompile.TargetError, match="read"):
+        lrcompile.apply(model, spec, name="second", example_inputs=(torch.randn(3, 5),))
+    same(before, snapshot(model))
+    assert lrcompile.report(model).active == ("first",)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"used.lrcompile_adapters.weight.first.{factor}" for factor in "AB"
+    ]

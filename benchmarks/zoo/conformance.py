@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
+from lrcompile.matching import match
 
 LIMIT = 16
 CHECKS = ("start", "live", "copied", "disabled", "merged", "unmerged", "loaded", "exported", "gradients", "removed")
@@ -156,6 +157,7 @@ class _Trial:
 def check(build: Build, spec: lrcompile.Spec, *, exports: bool = True) -> Outcome:
     """Apply `spec` to a new model and try every promise; a refusal must leave that model as it was."""
     try:
+        match(build()[0], spec)  # before the trial runs the base, which would initialise what is lazy
         trial = _Trial(build, spec, exports)
     except lrcompile.TargetError as refusal:
         return Outcome(refusal=str(refusal))

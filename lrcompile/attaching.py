@@ -1,0 +1,192 @@
+"""Putting one adapter into a model, and taking it out: the two halves that `apply`, `load` and `remove` are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile import sites
+from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
+from lrcompile.errors import AdapterError, MergeError, SpecError
+from lrcompile.hosting import restore, swap
+from lrcompile.matching import Matched
+from lrcompile.quantizing import is_nf4, quantize
+from lrcompile.recipes import recipe
+from lrcompile.recipes.initialisers import initialise
+from lrcompile.sites.bypass import mixin_for
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+from lrcompile.state import State, all_sites, has_state, require_settled, set_state, state_of
+from lrcompile.switching import activate, rewrite_graphs, set_training
+
+
+def attach(
+    model: nn.Module, spec: Spec, name: str, matched: Matched, *, trainable: bool = True, quantize_base: bool = True
+) -> None:
+    """Add the adapter `name` at the matched sites and make it the active one; all of it or nothing.
+
+    `quantize_base` False leaves a float base float, whatever the method would make of it.
+    """
+    first = not has_state(model)
+    state = State() if first else state_of(model)
+    require_settled(state, "apply")
+    if first:
+        _refuse_foreign(model)
+    _check_name(state, name)
+    if state.merged:
+        raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
+    _check_baked_dropout(spec, matched.hit)
+    method = recipe(spec.method)
+    adapters = [_build(model, method.adapter_class(), spec, site) for site in matched.hit]
+    if method.quantizes_base and quantize_base:
+        _quantize_base(model, spec, matched.hit)
+    if first:
+        state.flags = {key: p.requires_grad for key, p in model.named_parameters()}
+        set_state(model, state)
+    before = (dict(state.active), state.training)
+    try:
+        _place(model, state, name, matched, adapters)
+        state.specs[name], state.sites[name], state.spared[name] = spec, matched.hit, matched.spared
+        state.trained.add(model, name, matched.trained)
+        state.notes += [note for note in matched.notes if note not in state.notes]
+        state.dead = None
+        activate(model, name)
+        set_training(model, (name,) if trainable else before[1])
+    except BaseException:
+        detach(model, state, name, matched.hit, *before)
+        raise
+
+
+def detach(
+    model: nn.Module, state: State, name: str, hit: Sequence[Site], active: dict[str, float], training: tuple[str, ...]
+) -> None:
+    """Undo `attach`, whatever part of it was done; `active` and `training` are in force afterwards."""
+    state.trained.drop(model, name)
+    for site in hit:
+        host = model.get_submodule(site.host)
+        slots: Any = host._modules.get(sites.ADAPTERS)
+        if slots is None or site.slot not in slots:
+            continue
+        if name in slots[site.slot]:
+            slots[site.slot].detach(name)
+        if not len(slots[site.slot]):
+            del slots[site.slot]
+        if not len(slots):
+            del host._modules[sites.ADAPTERS]
+    for record in (state.specs, state.sites, state.spared):
+        record.pop(name, None)
+    left = [site.host for site in all_sites(state)]
+    needed = {ancestor for host in left for ancestor in _ancestors(host)}
+    for swapped in [each for each in state.swapped if each not in needed]:
+        restore(model.get_submodule(swapped), state.swapped.pop(swapped))
+    rewrite_graphs(model, hit)
+    if state.specs:
+        activate(model, active)
+        set_training(model, training)
+    else:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(state.flags.get(key, parameter.requires_grad))
+        set_state(model, None)
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Two states over one weight would each run its adapters: both times all of them."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterSlots):
+            host = name.removesuffix(sites.ADAPTERS).rstrip(".") or "this module"
+            raise AdapterError(
+                f"{host} carries an adapter that was applied to another model (a part of this one, a whole around it or"
+                " the original of a copied graph); apply to that model, or lrcompile.remove(it) first"
+            )
+
+
+def _check_name(state: State, name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED:
+        raise AdapterError(
+            f"adapter name {name!r}: use letters, digits, _ and -, starting with a letter or digit, and no attribute"
+            " of nn.Module"
+        )
+    if name in state.specs:
+        raise AdapterError(
+            f"an adapter named {name!r} is applied already; give another name=, or lrcompile.remove(model, {name!r})"
+            " first"
+        )
+
+
+def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:
+    if spec.dropout and any(site.graph is not None for site in hit):
+        raise SpecError(
+            "dropout must be 0 on a captured graph: its training flag is fixed when it is captured", field="dropout"
+        )
+
+
+def _build(model: nn.Module, form: Any, spec: Spec, site: Site) -> nn.Module:
+    weight = sites.weight_of(model, site) if site.slot in model.get_submodule(site.host)._parameters else None
+    device = weight.device if weight is not None else next(model.get_submodule(site.host).buffers()).device
+    wide = torch.promote_types(weight.dtype, torch.float32) if weight is not None else torch.float32
+    adapter = form(
+        site.in_features,
+        site.out_features,
+        spec.rank_of(site.name),
+        spec.scale_of(site.name),
+        dropout=spec.dropout,
+        copies=site.copies,
+        dtype=getattr(torch, spec.dtype) if spec.dtype else wide,
+        device=device,
+    )
+    initialise(spec.init, site.form, adapter.A, adapter.B, seed=spec.seed, site=site.name)
+    return adapter
+
+
+def _quantize_base(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> None:
+    plain = [
+        site.name for site in hit if site.kind in ("linear", "conv1d") and not is_nf4(model.get_submodule(site.host))
+    ]
+    if left := [site.name for site in hit if site.kind not in ("linear", "conv1d")]:
+        raise SpecError(
+            f"{spec.method} holds nn.Linear and Conv1D weights in 4 bits, not {', '.join(left[:5])}; exclude them",
+            field="targets",
+        )
+    if plain:
+        quantize(
+            model,
+            "nf4",
+            block_size=spec.block_size,
+            double_quant=spec.double_quant,
+            compute_dtype=spec.compute_dtype,
+            keep_base=spec.keep_base,
+            targets="|".join(re.escape(each) for each in plain),
+        )
+
+
+def _place(model: nn.Module, state: State, name: str, matched: Matched, adapters: list[nn.Module]) -> None:
+    for site, adapter in zip(matched.hit, adapters, strict=True):
+        host = model.get_submodule(site.host)
+        if sites.ADAPTERS not in host._modules:
+            host.add_module(sites.ADAPTERS, AdapterSlots())
+        slots: Any = host._modules[sites.ADAPTERS]
+        if site.slot not in slots:
+            slots[site.slot] = AdapterSet()
+        slots[site.slot].attach(name, adapter)
+        adapter.train(host.training)
+        mixin = sites.host_mixin(site)
+        if mixin is not None:
+            _swap(model, state, site.host, mixin)
+        for ancestor in _ancestors(site.host):
+            if bypass := mixin_for(model.get_submodule(ancestor)):
+                _swap(model, state, ancestor, bypass)
+
+
+def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
+    if name not in state.swapped:
+        swap(model.get_submodule(name), mixin)
+        state.swapped[name] = mixin
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".") if name else []
+    return ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
