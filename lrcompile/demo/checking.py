@@ -60,6 +60,8 @@ def check(
         found.verdicts[claim.name] = verdict
         numbers = {rung.name: rung for rung in verdict.rungs}
         if claim.own is not None:
+            if claim.reference is trained:
+                found.kept[claim.own] = numbers["eager"].adapter_relative_error
             found.claims[claim.own] = (claim.name, numbers["eager"], None)
         for key in claim.rungs:
             found.claims[key] = (claim.name, numbers[key], verdict.ok)
