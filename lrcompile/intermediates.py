@@ -77,7 +77,7 @@ def _values64(twin: nn.Module, inputs: Inputs, inside: AbstractContextManager[No
     with float64_mode(), inside or nullcontext():
         if isinstance(twin, fx.GraphModule):
             wanted = {node.name: f"%{node.name}" for node in twin.graph.nodes if node.op.startswith("call_")}
-            return _run_graph(twin, widen_inputs(inputs), wanted)
+            return run_graph(twin, widen_inputs(inputs), wanted)
         return _run_hooked(twin, widen_inputs(inputs))
 
 
@@ -88,7 +88,7 @@ def _finder(module: nn.Module) -> Callable[[Inputs, Shapes], dict[str, Tensor]]:
                 return _run_hooked(module, copied(inputs))
             leaving = graph_scopes(module.graph)
             wanted = {value: value for scope in shapes for value in leaving.get(scope, ())}
-            return matched(leaving, _run_graph(module, copied(inputs), wanted), shapes)
+            return matched(leaving, run_graph(module, copied(inputs), wanted), shapes)
 
     return find
 
@@ -143,7 +143,7 @@ def _single(output: Any) -> Tensor | None:
     return tensors[0].detach().clone() if len(tensors) == 1 and tensors[0].is_floating_point() else None
 
 
-def _run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+def run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str]) -> dict[str, Tensor]:
     """Run a copy of the graph (same tensors) that hands over the value of each node in `wanted`, under the name given
     there.
     """

@@ -19,7 +19,7 @@ def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size
         lrcompile.merge(twin, final=True)
     with torch.no_grad():
         for site in sites:
-            weight = twin.get_parameter(f"{site}.weight")
+            weight = twin.get_parameter(f"{site}.weight".lstrip("."))
             stored = quantize_nf4(weight, block_size)
             weight.copy_(dequantize_nf4(stored, tuple(weight.shape), block_size, weight.dtype))
     return twin

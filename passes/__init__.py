@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -36,9 +37,10 @@ _BUILT_IN = {
 def _plugins() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group="lrcompile.passes"):
-        if point.name in _BUILT_IN or point.name in found:
+        key = point.name.replace("_", "-")
+        if key in _BUILT_IN or key in found:
             raise LrcompileError(f"pass {point.name!r} of {point.value!r} is defined already; rename the entry point")
-        found[point.name] = point
+        found[key] = point
     return found
 
 
@@ -54,10 +56,22 @@ def get(name: str) -> type[Pass]:
         module, _, attribute = _BUILT_IN[key].partition(":")
         return getattr(import_module(f"lrcompile.passes.{module}"), attribute)
     if key in _plugins():
-        return _plugins()[key].load()
+        return _loaded(key, _plugins()[key])
     near = difflib.get_close_matches(key, names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise SpecError(f"unknown pass {name!r}{hint} Known passes: {', '.join(names())}", field="passes")
+
+
+def _loaded(key: str, point: EntryPoint) -> type[Pass]:
+    from lrcompile.passes.base import Pass
+
+    found = point.load()
+    if not (isinstance(found, type) and issubclass(found, Pass) and found.name == key):
+        raise LrcompileError(
+            f"entry point {point.name!r} gives {point.value!r}; expected a subclass of lrcompile.passes.base.Pass "
+            f"whose name is {key!r}"
+        )
+    return found
 
 
 def parse(text: str) -> Pipeline:
@@ -68,8 +82,8 @@ def parse(text: str) -> Pipeline:
 
 
 def _split(text: str) -> list[str]:
-    parts = re.findall(r"[^,{}\s]+(?:\{[^{}]*\})?", text)
-    if not parts or re.sub(r"[,\s]", "", text) != re.sub(r"[,\s]", "", "".join(parts)):
+    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", text)]  # commas outside braces
+    if not all(re.fullmatch(r"[^,{}\s]+(\{[^{}]*\})?", part) for part in parts):
         raise SpecError(
             f"{text!r} is no pipeline: write names with commas, options in braces, as in {_EXAMPLE!r}", field="passes"
         )
@@ -84,11 +98,14 @@ def _parse_one(text: str) -> Pass:
     cls = get(name)
     known = {f.name: f for f in fields(cls)}
     options: dict[str, Any] = {}
-    for pair in filter(None, rest.rstrip("}").split(",")):
+    for pair in rest.rstrip("}").split(",") if rest.strip("} ") else ():
         key, equals, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or key not in known:
-            raise SpecError(f"pass {name!r} has no option {pair!r}; it takes {', '.join(known) or 'none'}", field=key)
+            takes = ", ".join(f"{each.replace('_', '-')}=…" for each in known) or "none"
+            raise SpecError(f"pass {name!r} has no option {pair.strip()!r}; it takes {takes}", field=key)
+        if key in options:
+            raise SpecError(f"option {key} of pass {name!r} is given twice", field=key)
         options[key] = _value(name, key, value.strip(), known[key].default)
     return cls(**options)
 
@@ -103,6 +120,10 @@ def _value(name: str, key: str, text: str, default: Any) -> Any:
         if re.fullmatch(r"-?\d+", text):
             return int(text)
         expected = "an integer"
+    elif isinstance(default, float):
+        with suppress(ValueError):
+            return float(text)
+        expected = "a number"
     else:
         return text
     raise SpecError(f"option {key} of pass {name!r} is {text!r}; expected {expected}", field=key)

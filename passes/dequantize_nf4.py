@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -38,28 +38,42 @@ class DequantizeNf4(Pass):
     def apply(self, program: Program) -> Result:
         graph, tensors = program.exported.graph, Tensors(program.exported)
         found = [n for n in graph.nodes if n.target is NF4_LINEAR and any(user.target is LORA for user in n.users)]
+        weights: dict[fx.Node, fx.Node] = {}  # by codes: a layer called twice keeps one weight
         for node in found:
-            self._spell_out(program, tensors, node)
+            codes: Any = node.args[1]
+            if codes not in weights:
+                weights[codes] = self._weight(program, tensors, node)
+            self._spell_out(program, node, weights[codes])
         if found:
             tidy(program.exported)
         return Result(len(found))
 
-    def _spell_out(self, program: Program, tensors: Tensors, node: fx.Node) -> None:
-        x, codes, absmax, scale, offset, bias, out_features, in_features, block_size, transposed, _ = node.args
+    def _weight(self, program: Program, tensors: Tensors, node: fx.Node) -> fx.Node:
+        given: tuple[Any, ...] = node.args
+        _, codes, absmax, scale, offset, _, out_features, in_features, block_size, transposed, _ = given
         second = (None, None) if scale is None else (tensors.get(scale), tensors.get(offset))
         nf4 = Nf4(tensors.get(codes), tensors.get(absmax), *second)
         shape = torch.Size((in_features, out_features) if transposed else (out_features, in_features))
-        dtype, activations = DTYPES[self.into], node.meta["val"].dtype
+        dtype = DTYPES[self.into]
         # the program needs a tensor of this shape and dtype to refer to; one element, expanded, costs no memory
         stand_in = torch.empty(1, dtype=dtype).expand(shape)
         weight = tensors.add(tensors.targets[codes.name].removesuffix("_codes"), stand_in, codes)
         value = partial(dequantize_nf4, nf4, tuple(shape), block_size)
         program.pending[tensors.targets[weight.name]] = Pending(value, dtype, shape)
-        graph = program.exported.graph
+        return weight
+
+    @staticmethod
+    def _spell_out(program: Program, node: fx.Node, weight: fx.Node) -> None:
+        given: tuple[Any, ...] = node.args
+        x, bias, transposed = given[0], given[5], given[9]
+        graph, activations = program.exported.graph, node.meta["val"].dtype
+
+        def cast(tensor: fx.Node) -> fx.Node:  # held in one dtype, read in the activations'
+            same = tensor.meta["val"].dtype == activations
+            return tensor if same else call(graph, aten.to.dtype, tensor, activations)
+
         with graph.inserting_before(node):
-            read = call(graph, aten.t.default, weight) if transposed else weight
-            if dtype != activations:  # written in `into`, read in the activations' dtype
-                read = call(graph, aten.to.dtype, read, activations)
-            linear = graph.call_function(aten.linear.default, (x, read, bias))
+            read = cast(call(graph, aten.t.default, weight) if transposed else weight)
+            linear = graph.call_function(aten.linear.default, (x, read, None if bias is None else cast(bias)))
         linear.meta = dict(node.meta)
         substitute(program.exported, node, linear)

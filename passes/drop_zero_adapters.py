@@ -12,7 +12,7 @@ from lrcompile.passes.tensors import Tensors, substitute
 
 @dataclass(frozen=True)
 class DropZeroAdapters(Pass):
-    """y + s·(xAᵀ)0ᵀ = y: an adapter that was never trained costs nothing and leaves the base's bits."""
+    """y + s·(xAᵀ)0ᵀ = y: an adapter that was never trained costs nothing and leaves the base's values (−0 = 0)."""
 
     name: ClassVar[str] = "drop-zero-adapters"
     preserves: ClassVar[Equivalence] = "exact"

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lrcompile.dialect_nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_linear import tables
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import NF4_LINEAR, tidy
-from lrcompile.passes.tensors import Tensors
+from lrcompile.passes.tensors import Tensors, substitute
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,19 @@ class ExpandNf4(Pass):
             for name, table in tables(nodes[0].args[1].meta["val"].device)._asdict().items()
         ]
         for node in nodes:
-            _inline(node, [*node.args, *constants])
+            _inline(program.exported, node, [*node.args, *constants])
         tidy(program.exported)
         return Result(len(nodes))
 
 
-def _inline(node: fx.Node, args: list[Any]) -> None:
+def _inline(program: ExportedProgram, node: fx.Node, args: list[Any]) -> None:
     """Put the operations of the plain form, traced on this node's own shapes, in its place."""
     given = [arg for arg in args if isinstance(arg, fx.Node)]
 
     def plain(*values: torch.Tensor) -> torch.Tensor:
         left = iter(values)
-        return nf4_linear_aten(*(next(left) if isinstance(arg, fx.Node) else arg for arg in args))
+        filled: list[Any] = [next(left) if isinstance(arg, fx.Node) else arg for arg in args]
+        return nf4_linear_aten(*filled)
 
     mode = node.meta["val"].fake_mode
     with mode:
@@ -58,8 +60,7 @@ def _inline(node: fx.Node, args: list[Any]) -> None:
     mapped: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
     with node.graph.inserting_before(node):
         for each in body.graph.nodes:
-            if each.op == "output":
-                node.replace_all_uses_with(mapped[each.args[0]])  # type: ignore[index]
-            elif each.op != "placeholder":
+            if each.op == "call_function":
                 mapped[each] = node.graph.node_copy(each, lambda n: mapped[n])
-    node.graph.erase_node(node)
+    (result,) = body.graph.output_node().args
+    substitute(program, node, mapped[result])  # type: ignore[index]

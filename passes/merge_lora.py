@@ -160,13 +160,8 @@ def _record(program: Program, tensors: Tensors, source: fx.Node, target: str, up
 
 
 def _rebase(program: Program, fold: _Fold, copy: fx.Node) -> None:
-    node = copy
     with program.exported.graph.inserting_before(fold.base):
-        for step in fold.update.view.steps:
-            twin = program.exported.graph.call_function(step.target, (node, *step.args[1:]), dict(step.kwargs))
-            twin.meta = dict(step.meta)
-            node = twin
-    fold.base.replace_input_with(fold.weight, node)
+        fold.base.replace_input_with(fold.weight, fold.update.view.rebuilt(copy))
 
 
 def _disjoint(source: fx.Node, folds: list[_Fold], tensors: Tensors) -> bool:

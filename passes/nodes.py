@@ -31,7 +31,7 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
     """The linear maps of the program whose weight is stored as NF4."""
     tensors = Tensors(program)
     found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is NF4_LINEAR]
-    return list(dict.fromkeys(name.removesuffix("_codes").removesuffix(".weight") for name in found))
+    return list(dict.fromkeys(name.removesuffix("weight_codes").rstrip(".") for name in found))
 
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,14 @@ class View:
                 tensor = step.target(tensor, *step.args[1:], **step.kwargs)  # type: ignore[operator]
         return tensor
 
+    def rebuilt(self, node: fx.Node) -> fx.Node:
+        """The same chain on another tensor's node, at the graph's insertion point."""
+        for step in self.steps:
+            value = step.target(node.meta["val"], *step.args[1:], **step.kwargs)  # type: ignore[operator]
+            node = node.graph.call_function(step.target, (node, *step.args[1:]), dict(step.kwargs))  # type: ignore[arg-type]
+            node.meta = {**step.meta, "val": value}
+        return node
+
 
 class Tensors:
     """The tensors a program holds (parameters, buffers, lifted constants), by the placeholder that stands for each."""
@@ -92,10 +101,14 @@ class Tensors:
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-        """A new tensor `name` of the program, its placeholder in front of `before`, a placeholder too."""
-        program = self.program
-        while name in program.state_dict or name in program.constants:
-            name += "_"
+        """A new tensor `name` (`name_2`, … if taken) of the program, its placeholder in front of the placeholder
+        `before`.
+        """
+        program, wanted = self.program, name
+        for number in itertools.count(2):
+            if name not in program.state_dict and name not in program.constants:
+                break
+            name = f"{wanted}_{number}"
         with program.graph.inserting_before(before):
             node = program.graph.placeholder(f"lrcompile_{name.replace('.', '_')}")
         mode = next(n.meta["val"].fake_mode for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor))
