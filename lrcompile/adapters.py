@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
-from lrcompile import dialect_experts as dialect_experts
+from lrcompile.dialect import experts as experts
 from lrcompile.errors import AdapterError
 
 

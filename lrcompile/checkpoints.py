@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lrcompile import adapter_files
-from lrcompile.adapter_files import FILES, as_adapter_error, finite, opened
-from lrcompile.adapter_plans import check, factors_of, planned, refuse_other_base_values
-from lrcompile.base_print import print_of
+from lrcompile.checkpointing import files as adapter_files
+from lrcompile.checkpointing.base_print import print_of
+from lrcompile.checkpointing.files import FILES, as_adapter_error, finite, opened
+from lrcompile.checkpointing.filling import attach_filled
+from lrcompile.checkpointing.plans import check, factors_of, planned, refuse_other_base_values
 from lrcompile.errors import AdapterError, SpecError
-from lrcompile.filling import attach_filled
 from lrcompile.interop.peft_config import spec_to_peft
 from lrcompile.interop.peft_fitting import by_parameter
 from lrcompile.interop.peft_keys import base_key, pack, pairs

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrcompile.capture import Captured, Inputs, capture, deployable
-from lrcompile.deploying import Deployed, Plan, deploy
-from lrcompile.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
+from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
+from lrcompile.deployment.deploying import Deployed, Plan, deploy
+from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
 from lrcompile.errors import ExportError, require
-from lrcompile.replay import working_dtype
+from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
-    from lrcompile.verdict import Verdict
+    from lrcompile.verifying.verdict import Verdict
 
 SUFFIXES = (".onnx", ".pt2")
 _SESSION = {"graph_optimization_level": "all", "config": {"session.qdq_matmulnbits_accuracy_level": "0"}}
@@ -41,7 +41,7 @@ class Export:
         For a copy that `quantize=` stored as NF4 the reference is the model with the same quantized weights.
         """
         import lrcompile
-        from lrcompile.requantized import requantized
+        from lrcompile.verifying.requantized import requantized
 
         inputs = self._inputs if inputs is None else inputs
         model = self._model

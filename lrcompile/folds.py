@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.kernels.nf4_linear import Nf4
-from lrcompile.nf4_modules import Layout, attach, codes_of, detach, is_nf4, layout_of
+from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of
 
 
 @dataclass

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompile.errors import LrcompileError, VerificationError
-from lrcompile.golden_files import (
+from lrcompile.verification import verify
+from lrcompile.verifying.golden_files import (
     DATA,
     WEIGHTS,
     Case,
@@ -28,11 +29,10 @@ from lrcompile.golden_files import (
     unpack,
     write_case,
 )
-from lrcompile.golden_models import built, describe, differing, furnish, rebuild, tensors_of
-from lrcompile.outputs import Inputs, input_sets
-from lrcompile.runners import ModuleRunner
-from lrcompile.verdict import Limits, Verdict
-from lrcompile.verification import verify
+from lrcompile.verifying.golden_models import built, describe, differing, furnish, rebuild, tensors_of
+from lrcompile.verifying.outputs import Inputs, input_sets
+from lrcompile.verifying.runners import ModuleRunner
+from lrcompile.verifying.verdict import Limits, Verdict
 
 __all__ = ["check", "record", "update"]
 
@@ -199,7 +199,7 @@ def _through_passes(folder: Path, model: nn.Module, sets: list[Inputs], pipeline
     to say (`declared_error`).
     """
     from lrcompile import passes
-    from lrcompile.capture import capture
+    from lrcompile.deployment.capture import capture
     from lrcompile.passes.base import Program
 
     program = Program(capture(model, sets[0]).program, model)

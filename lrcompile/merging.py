@@ -14,7 +14,7 @@ from lrcompile.errors import MergeError
 from lrcompile.folds import Fold, Held, exchange, on_host
 from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
 from lrcompile.matching import owners_of_parameters
-from lrcompile.nf4_modules import Layout, codes_of, is_nf4, layout_of
+from lrcompile.nf4.modules import Layout, codes_of, is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lrcompile.errors import TargetError
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
 from lrcompile.matching import owners_of_parameters
-from lrcompile.nf4_modules import is_nf4
+from lrcompile.nf4.modules import is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
 from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, quantize_nf4
-from lrcompile.nf4_modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
-from lrcompile.nf4_targets import chosen
+from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
+from lrcompile.nf4.targets import chosen
 from lrcompile.progress import shown
 from lrcompile.sites import ADAPTERS
 from lrcompile.state import has_state, state_of

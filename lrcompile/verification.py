@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.comparing import Expected
 from lrcompile.errors import VerificationError
-from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
-from lrcompile.ladder import Ladder
-from lrcompile.manifest import artefact
-from lrcompile.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
-from lrcompile.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
-from lrcompile.runners import ModuleRunner, Runner, evaluating, runner
-from lrcompile.verdict import Limits, Rung, Verdict
+from lrcompile.verifying.comparing import Expected
+from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
+from lrcompile.verifying.ladder import Ladder
+from lrcompile.verifying.manifest import artefact
+from lrcompile.verifying.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
+from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
+from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating, runner
+from lrcompile.verifying.verdict import Limits, Rung, Verdict
 
 __all__ = ["Limits", "Rung", "Verdict", "verify"]
 
@@ -139,7 +139,7 @@ def _inexact(value: Tensor) -> bool:
 
 
 def _located(verdict: Verdict, reference: nn.Module, one: Runner, given: Inputs, roundoff: float) -> Verdict:
-    from lrcompile.intermediates import first_divergence
+    from lrcompile.verifying.intermediates import first_divergence
 
     found, note = first_divergence(reference, one, given, roundoff, verdict.limits.bound_ratio)
     note = "; ".join(part for part in (verdict.note, note) if part) or None

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.errors import VerificationError
-from lrcompile.intermediates import run_graph
-from lrcompile.outputs import Inputs, call, copied, named_outputs
 from lrcompile.passes.base import Pass, Program, Result
-from lrcompile.replay import unit_roundoff, working_dtype
-from lrcompile.runners import evaluating
-from lrcompile.verdict import Limits, Verdict
 from lrcompile.verification import verify
+from lrcompile.verifying.intermediates import run_graph
+from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
+from lrcompile.verifying.replay import unit_roundoff, working_dtype
+from lrcompile.verifying.runners import evaluating
+from lrcompile.verifying.verdict import Limits, Verdict
 
 
 @dataclass

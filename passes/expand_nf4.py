@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lrcompile.dialect_nf4 import nf4_linear_aten
+from lrcompile.dialect.nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_linear import tables
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import NF4_LINEAR, tidy

@@ -9,8 +9,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from lrcompile import dialect as dialect  # these three register torch.ops.lrcompile
-from lrcompile import dialect_experts as dialect_experts
-from lrcompile import dialect_nf4 as dialect_nf4
+from lrcompile.dialect import experts as experts
+from lrcompile.dialect import nf4 as nf4
 from lrcompile.passes.tensors import Tensors
 
 LORA = torch.ops.lrcompile.lora.default

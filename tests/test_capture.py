@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lrcompile.capture import capture
+from lrcompile.deployment.capture import capture
 from lrcompile.errors import ExportError
 
 transformers = pytest.importorskip("transformers")

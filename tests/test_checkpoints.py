@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile import AdapterError
-from lrcompile.safe_tensors import open_tensors
+from lrcompile.checkpointing.safe_tensors import open_tensors
 from lrcompile.state import state_of
 
 BODY = "base_model.model.body.base_layer"  # a raw parameter of `body` itself is adapted, so PEFT wraps it
@@ -324,7 +324,7 @@ def test_sites_that_are_here_and_not_there_are_named(tmp_path: Path):
 
 
 def test_weights_too_many_to_hash_whole_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lrcompile.base_print.WHOLE", 100)
+    monkeypatch.setattr("lrcompile.checkpointing.base_print.WHOLE", 100)
     lrcompile.save(adapted(), tmp_path / "a")
     assert json.loads((tmp_path / "a" / OURS).read_text())["base"]["sampled"] is True
     lrcompile.load(Model(), tmp_path / "a")

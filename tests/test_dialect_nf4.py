@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lrcompile.dialect_nf4 import nf4_linear_aten
+from lrcompile.dialect.nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
 
 op = torch.ops.lrcompile.nf4_linear
@@ -270,7 +270,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(change, m
 
 
 def test_tables_first_met_in_inference_mode_serve_training_too():
-    from lrcompile import dialect_nf4
+    from lrcompile.dialect import nf4 as dialect_nf4
 
     dialect_nf4._tables.cache_clear()
     nf4, _ = _stored()

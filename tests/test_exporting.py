@@ -14,7 +14,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import ExportError, MissingDependencyError
-from lrcompile.nf4_modules import codes_of
+from lrcompile.nf4.modules import codes_of
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

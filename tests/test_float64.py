@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lrcompile.errors import VerificationError
-from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
-from lrcompile.replay import Deviation, perturbed, unit_roundoff, working_dtype
+from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
+from lrcompile.verifying.replay import Deviation, perturbed, unit_roundoff, working_dtype
 
 
 class CastingNorm(nn.Module):

@@ -17,9 +17,9 @@ from torch import nn
 import lrcompile
 import lrcompile.golden as golden
 from lrcompile.errors import LrcompileError, VerificationError
-from lrcompile.golden_files import DATA, MANIFEST, WEIGHTS, pack, read_tensors, unpack
-from lrcompile.manifest import sha256
-from lrcompile.verdict import Limits
+from lrcompile.verifying.golden_files import DATA, MANIFEST, WEIGHTS, pack, read_tensors, unpack
+from lrcompile.verifying.manifest import sha256
+from lrcompile.verifying.verdict import Limits
 
 transformers = pytest.importorskip("transformers")
 
@@ -223,7 +223,7 @@ def test_a_failing_write_leaves_the_old_case_whole(case: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lrcompile.golden_files.save_file", full)
+    monkeypatch.setattr("lrcompile.verifying.golden_files.save_file", full)
     with pytest.raises(VerificationError, match="No space left"):
         golden.update(case, reason="disk full", model=mlp())
     assert {entry.name: entry.read_bytes() for entry in case.iterdir()} == before

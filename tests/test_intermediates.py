@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.intermediates import reference_places
-from lrcompile.provenance import Step, graph_scopes, scope_values
 from lrcompile.verification import verify
+from lrcompile.verifying.intermediates import reference_places
+from lrcompile.verifying.provenance import Step, graph_scopes, scope_values
 
 
 class Block(nn.Module):
@@ -249,7 +249,7 @@ def test_the_limits_and_hashes_of_a_manifest_count(exported: tuple[nn.Module, Pa
     import json
     import shutil
 
-    from lrcompile.manifest import sha256
+    from lrcompile.verifying.manifest import sha256
 
     model, path = exported
     own = tmp_path / "model.onnx"

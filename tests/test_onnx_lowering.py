@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile.capture import capture
+from lrcompile.deployment.capture import capture
 from lrcompile.errors import ExportError
 from lrcompile.kernels.nf4_linear import Nf4, decode_absmax
-from lrcompile.nf4_modules import codes_of
+from lrcompile.nf4.modules import codes_of
 from lrcompile.passes.base import Pending, Program
 from lrcompile.passes.merge_lora import MergeLora
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
-from lrcompile.capture import capture
+from lrcompile.deployment.capture import capture
 from lrcompile.passes.base import Program
 from lrcompile.passes.merge_lora import MergeLora
 from lrcompile.passes.nodes import LORA

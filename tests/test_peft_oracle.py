@@ -21,7 +21,7 @@ import lrcompile
 from lrcompile.interop.peft_fitting import by_parameter
 from lrcompile.interop.peft_keys import base_key, base_name, pack, pairs
 from lrcompile.state import adapter_set, state_of
-from lrcompile.strictjson import read_object
+from lrcompile.verifying.strictjson import read_object
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

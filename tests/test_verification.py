@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile.errors import VerificationError
-from lrcompile.runners import ModuleRunner
-from lrcompile.verdict import Limits
 from lrcompile.verification import verify
+from lrcompile.verifying.runners import ModuleRunner
+from lrcompile.verifying.verdict import Limits
 
 
 class Int8Linear(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lrcompile.weight_uses import NotALinearMap, uses_of
+from lrcompile.sites.weight_uses import NotALinearMap, uses_of
 
 IN, OUT = 5, 7
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile.pipeline import VerifyPart
-from lrcompile.verdict import Limits, Rung, Verdict
+from lrcompile.verifying.verdict import Limits, Rung, Verdict
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lrcompile.errors import ExportError
-from lrcompile.manifest import sha256
 from lrcompile.passes.base import Program
+from lrcompile.verifying.manifest import sha256
 from lrcompile.writing import atomic_file
 
 

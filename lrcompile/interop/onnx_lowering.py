@@ -20,7 +20,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from lrcompile.capture import Captured
+from lrcompile.deployment.capture import Captured
 from lrcompile.errors import ExportError
 from lrcompile.interop.onnx_nf4 import expand_absmax, translation
 from lrcompile.passes.base import Pending

@@ -20,7 +20,7 @@ from onnx.defs import OpSchema
 from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 
-from lrcompile import dialect_nf4 as dialect_nf4  # registers torch.ops.lrcompile.nf4_linear
+from lrcompile.dialect import nf4 as nf4  # registers torch.ops.lrcompile.nf4_linear
 from lrcompile.kernels.nf4_linear import CODEBOOK, Nf4, decode_absmax
 from lrcompile.passes.tensors import Tensors
 

@@ -20,8 +20,8 @@ import onnxruntime
 
 from lrcompile.errors import ExportError, VerificationError
 from lrcompile.interop.onnx_safety import check
-from lrcompile.manifest import sha256
 from lrcompile.progress import shown
+from lrcompile.verifying.manifest import sha256
 from lrcompile.writing import atomic_file, beside, sync
 
 EMBEDDED = 64 << 10

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import VerificationError, require
 from lrcompile.interop.onnx_safety import check
-from lrcompile.outputs import Inputs
-from lrcompile.provenance import Step, scope_values
+from lrcompile.verifying.outputs import Inputs
+from lrcompile.verifying.provenance import Step, scope_values
 
 if TYPE_CHECKING:
     import onnx
@@ -51,7 +51,7 @@ class OnnxRunner:
 
     def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """The values of the reference's places, all from one run of one session in which they are marked as outputs."""
-        from lrcompile.intermediates import matched
+        from lrcompile.verifying.intermediates import matched
 
         leaving = _scopes(self._model.graph)
         floats = _floating(self._model)

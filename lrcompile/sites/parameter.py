@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 
 from lrcompile.errors import AdapterError
-from lrcompile.graph_rule import drop_constants, insert_adapters
 from lrcompile.hosting import Host, original_class
+from lrcompile.sites.graph_rule import drop_constants, insert_adapters
 from lrcompile.sites.site import Slot
 from lrcompile.sites.tracing import trace
-from lrcompile.weight_uses import NotALinearMap, uses_of
+from lrcompile.sites.weight_uses import NotALinearMap, uses_of
 
 NAME = "parameter"
 

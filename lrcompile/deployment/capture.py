@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
-from lrcompile.outputs import named_outputs
+from lrcompile.verifying.outputs import named_outputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.comparing import difference
-from lrcompile.float64 import float64_copy, float64_mode, widen_inputs
-from lrcompile.outputs import Inputs, call, copied
-from lrcompile.provenance import graph_scopes
-from lrcompile.replay import SEEDS, Deviation, Magnitudes, perturbed
-from lrcompile.runners import ModuleRunner, Runner, evaluating
-from lrcompile.verdict import Divergence
+from lrcompile.verifying.comparing import difference
+from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
+from lrcompile.verifying.outputs import Inputs, call, copied
+from lrcompile.verifying.provenance import graph_scopes
+from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed
+from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating
+from lrcompile.verifying.verdict import Divergence
 
 Shapes = Mapping[str, torch.Size]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import VerificationError
-from lrcompile.strictjson import read_object
-from lrcompile.verdict import Limits
+from lrcompile.verifying.strictjson import read_object
+from lrcompile.verifying.verdict import Limits
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompile.comparing import Expected, adapter_effect, compare
-from lrcompile.verdict import Limits, OutputRow, Rung, Verdict
+from lrcompile.verifying.comparing import Expected, adapter_effect, compare
+from lrcompile.verifying.verdict import Limits, OutputRow, Rung, Verdict
 
 _MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding any more, whatever the dtype
 

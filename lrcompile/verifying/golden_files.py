@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrcompile.errors import VerificationError
-from lrcompile.manifest import sha256
-from lrcompile.strictjson import parse_object, read_object
-from lrcompile.verdict import Limits
+from lrcompile.verifying.manifest import sha256
+from lrcompile.verifying.strictjson import parse_object, read_object
+from lrcompile.verifying.verdict import Limits
 from lrcompile.writing import atomic_folder
 
 SCHEMA = 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.nf4_modules import codes_of, is_nf4
+from lrcompile.nf4.modules import codes_of, is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import State
 

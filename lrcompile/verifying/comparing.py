@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompile.replay import Deviation
-from lrcompile.verdict import Limits, OutputRow
+from lrcompile.verifying.replay import Deviation
+from lrcompile.verifying.verdict import Limits, OutputRow
 
 
 @dataclass

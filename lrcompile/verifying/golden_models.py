@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import LrcompileError, VerificationError, require
-from lrcompile.golden_files import Case
+from lrcompile.verifying.golden_files import Case
 
 _ADAPTERS = "lrcompile_adapters"
 _ATTENTION = ("eager", "sdpa")
@@ -140,7 +140,7 @@ def _adapters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
-    from lrcompile.nf4_modules import codes_of, is_nf4, layout_of
+    from lrcompile.nf4.modules import codes_of, is_nf4, layout_of
 
     found = {name: module for name, module in model.named_modules() if is_nf4(module)}
     if not found:

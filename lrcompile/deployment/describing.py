@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile.replay import unit_roundoff
-from lrcompile.verdict import Limits
+from lrcompile.verifying.replay import unit_roundoff
+from lrcompile.verifying.verdict import Limits
 
 SCHEMA = 1
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx-ir", "transformers")
@@ -50,7 +50,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dict[str, Any]:
-    """What the file is held to; weights `stored` in a narrower dtype than the model computes in (`inner`) add theirs."""
+    """What the file is held to; weights `stored` more narrowly than the model computes (`inner`) add their rounding."""
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
     reason = _REASON + (_REASON_NF4 if has_nf4 else "")
     if wider > 1:

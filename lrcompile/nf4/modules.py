@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lrcompile.dialect_nf4  # noqa: F401  (registers the op)
+import lrcompile.dialect.nf4  # noqa: F401  (registers the op)
 from lrcompile.hosting import Host, stack, stacked
 from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4
 

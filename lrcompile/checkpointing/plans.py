@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrcompile import adapter_files
-from lrcompile.adapter_files import Checkpoint, as_adapter_error
-from lrcompile.base_print import differences
+from lrcompile.checkpointing import files as adapter_files
+from lrcompile.checkpointing.base_print import differences
+from lrcompile.checkpointing.files import Checkpoint, as_adapter_error
 from lrcompile.errors import AdapterError
 from lrcompile.interop.peft_fitting import by_parameter, fitted
 from lrcompile.interop.peft_keys import Pair, base_key, base_name, pack, pairs, unpack

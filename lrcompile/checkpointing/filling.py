@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrcompile.adapter_plans import Plan
 from lrcompile.adapting import remove
 from lrcompile.attaching import attach
+from lrcompile.checkpointing.plans import Plan
 from lrcompile.state import State, adapter_set, has_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lrcompile.errors import TargetError
-from lrcompile.nf4_modules import is_nf4
+from lrcompile.nf4.modules import is_nf4
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.linear import conv1d, keeps_forward, refusal_of
 from lrcompile.targeting import ALL_LINEAR, is_router, output_heads, select

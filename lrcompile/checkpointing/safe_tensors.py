@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lrcompile.errors import AdapterError, LrcompileError, VerificationError
-from lrcompile.strictjson import parse_object
+from lrcompile.verifying.strictjson import parse_object
 
 MAX_BYTES = 16 << 30
 MAX_HEADER = 16 << 20

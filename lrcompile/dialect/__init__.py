@@ -3,7 +3,7 @@
 Each composite op is registered `CompositeImplicitAutograd` with its plain reference as body: eager mode runs and
 differentiates it as ordinary aten, Dynamo and `torch.export` keep it as one node, AOTAutograd decomposes it for any
 backend. A dialect op never gets a backend kernel (that would silently remove its autograd); lowerings replace it by
-`lrcompile_kernels::*` instead. The one opaque op, `nf4_linear`, lives in `lrcompile.dialect_nf4`.
+`lrcompile_kernels::*` instead. The one opaque op, `nf4_linear`, lives in `lrcompile.dialect.nf4`.
 """
 
 from __future__ import annotations

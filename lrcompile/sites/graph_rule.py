@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from lrcompile.adapters import AdapterSet
-from lrcompile.weight_uses import Use, uses_of
+from lrcompile.sites.weight_uses import Use, uses_of
 
 
 def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import VerificationError
-from lrcompile.outputs import Inputs, call, copied, named_outputs
+from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
 
 
 @runtime_checkable

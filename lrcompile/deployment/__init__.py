@@ -1,0 +1,1 @@
+"""What `export` is made of: capture, the deploy pipeline, and what the manifest says."""
