@@ -12,7 +12,10 @@ from lrcompile.passes.tensors import Tensors, substitute
 
 @dataclass(frozen=True)
 class DropZeroAdapters(Pass):
-    """y + s·(xAᵀ)0ᵀ = y: an adapter that was never trained costs nothing and leaves the base's values (−0 = 0)."""
+    """y + s·(xAᵀ)0ᵀ = y + s·(x0ᵀ)Bᵀ = y: an adapter that was never trained costs nothing.
+
+    Takes adapters of which one factor is zero in every element. Outputs are equal, where −0 equals 0.
+    """
 
     name: ClassVar[str] = "drop-zero-adapters"
     preserves: ClassVar[Equivalence] = "exact"
@@ -22,8 +25,8 @@ class DropZeroAdapters(Pass):
         for node in list(graph.nodes):
             if node.target not in ADAPTERS:
                 continue
-            B = tensors.value(node.args[3])
-            if B is not None and not B.any():
+            A, B = (tensors.value(factor) for factor in node.args[2:4])
+            if (B is not None and not B.any()) or (A is not None and not A.any()):  # A, where an embedding starts
                 substitute(program.exported, node, node.args[0])
                 count += 1
         if count:

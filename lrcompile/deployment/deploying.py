@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,10 @@ from torch.export import ExportedProgram
 
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
-from lrcompile.passes.base import Program, Result
+from lrcompile.passes.base import Pass, Program, Result
 from lrcompile.passes.dequantize_nf4 import DTYPES
+from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
+from lrcompile.passes.expand_nf4 import ExpandNf4
 from lrcompile.passes.nodes import adapted_sites, nf4_sites
 
 FORMS = ("auto", "merge", "inline")
@@ -52,6 +55,24 @@ class Deployed:
     """The dtype of weights that a merge dequantized."""
 
 
+@dataclass
+class _Sites:
+    """Callback of the pipeline: what sites hold before a later pass spells it out in plain operations."""
+
+    trained: list[str] = field(default_factory=list)
+    """With an adapter that is more than zero; an update of zero is in every weight already."""
+    nf4: list[str] = field(default_factory=list)
+
+    def __call__(self, each: Pass, program: Program) -> Callable[[Result], None]:
+        def after(_: Result) -> None:
+            if each.name == DropZeroAdapters.name:
+                self.trained = adapted_sites(program.exported)
+            if each.name != ExpandNf4.name:
+                self.nf4 = nf4_sites(program.exported)
+
+        return after
+
+
 def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool) -> Deployed:
     """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers.
 
@@ -68,16 +89,17 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
         )
     pipeline = pipelines.deploy(form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4)
     program = Program(exported, model)
-    steps = {step.spec: step.result for step in pipeline.run(program)}
-    kept = dict.fromkeys(sites, "kept beside the weight") if form == "inline" else _kept(steps.get("merge-lora"))
+    seen = _Sites()
+    steps = {step.spec: step.result for step in pipeline.run(program, seen)}
+    kept = dict.fromkeys(seen.trained, "kept beside the weight") if form == "inline" else _kept(steps.get("merge-lora"))
     if kept and plan.adapters == "merge":
         reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
         raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
-    if plan.quantize and not nf4_sites(program.exported):
+    if plan.quantize and not seen.nf4:
         raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
-    return Deployed(program, str(pipeline), adapters, nf4_sites(program.exported), DTYPES.get(plan.into or ""))
+    return Deployed(program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""))
 
 
 def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:
