@@ -151,6 +151,6 @@ def _spec(given: Namespace) -> Spec:
     if given.spec:
         return Spec.load(given.spec)
     fields = {"rank": given.rank, "alpha": given.alpha}
-    fields |= {"targets": names(given.targets) if given.targets else None}
-    fields |= {"exclude": names(given.exclude) if given.exclude else None}
+    fields |= {"targets": names(given.targets) if given.targets is not None else None}
+    fields |= {"exclude": names(given.exclude) if given.exclude is not None else None}
     return lrcompile.spec(given.method, **{key: value for key, value in fields.items() if value is not None})

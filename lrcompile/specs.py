@@ -153,9 +153,13 @@ class Spec:
         import yaml
 
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            # YAML takes JSON's 1e-05 for text, so what is JSON is read as that
+            data = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad bytes, dates and numbers are ValueErrors
             raise SpecError(f"{path} is neither YAML nor JSON: {error}", field="method") from error
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{path} holds no fields; expected 'method: lora' and the like", field="method")
         return cls.from_dict(data)
 
     def dump(self, path: str | Path) -> None:
@@ -209,7 +213,7 @@ def _plain(value: Any) -> Any:
 
 def _refuse_field(name: str, method: str, known: list[str]) -> None:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise SpecError(f"{method} has no field {name!r}{hint} Its fields: {', '.join(known)}", field=name)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrcompile
+from lrcompile.errors import SpecError
 from lrcompile.specs import COMMON, Spec, pattern_hits, scale_of, spec
 
 WRONG: list[tuple[str, object]] = [
@@ -179,3 +180,15 @@ def test_a_pattern_ends_the_name_at_a_dot_as_in_peft(pattern, name, expected):
 def test_describing_a_method_does_not_import_torch():
     code = "import sys, lrcompile; lrcompile.spec('lora'); lrcompile.methods(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_without_fields_is_named_in_the_error(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(SpecError, match=r"empty\.yaml holds no fields"):
+        Spec.load(tmp_path / "empty.yaml")
+
+
+def test_small_numbers_in_json_are_numbers(tmp_path):
+    small = spec("lora", alpha=1e-5)
+    small.dump(tmp_path / "small.json")
+    assert Spec.load(tmp_path / "small.json") == small

@@ -40,6 +40,6 @@ def recipe(name: str) -> Recipe:
         found = _plugins()[name].load()
     else:
         near = difflib.get_close_matches(str(name), methods(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise SpecError(f"unknown method {name!r}{hint} Known methods: {', '.join(methods())}", field="method")
     return found
