@@ -17,7 +17,7 @@ from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
 from lrcompile.errors import ExportError, require
 from lrcompile.verifying.replay import working_dtype
-from lrcompile.wrapping import refuse_wrapped
+from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
 if TYPE_CHECKING:
     from lrcompile.verifying.verdict import Verdict
@@ -90,6 +90,7 @@ def export(
     if not path.parent.is_dir():
         raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
     refuse_wrapped(model, "export")
+    refuse_meta(model, "export", ExportError)
     with _status(f"capturing {type(model).__name__}"):
         captured = capture(model, example_inputs, dynamic_shapes)
         deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")

@@ -20,7 +20,7 @@ from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of
 from lrcompile.switching import rewrite_graphs
 from lrcompile.tables import render
-from lrcompile.wrapping import refuse_wrapped
+from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
 LOSS_LIMIT = 0.5
 """Largest adapter-relative error a merge accepts: beyond it rounding has taken more than half of the update."""
@@ -80,6 +80,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
     update at a site (the model is then as it was).
     """
     refuse_wrapped(model, "merge")
+    refuse_meta(model, "merge", MergeError)
     state = state_of(model)
     require_settled(state, "merge")
     names = _names(state, name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import TargetError
+from lrcompile.errors import AdapterError, TargetError
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
 from lrcompile.matching import owners_of_parameters
 from lrcompile.nf4.modules import is_nf4
@@ -28,6 +28,7 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
     """
     state = state_of(model)
     with _probing(model, name):
+        _require_fitting(model, example_inputs)
         _set_mode(model, True)
         for seed in range(PATIENCE if drops_layers(model) else 1):
             _run(model, example_inputs, backward=True, seed=seed)
@@ -47,6 +48,18 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
                 f"merging changes what the model computes, so the weight is also used past its adapter,"
                 f" at:\n{listed}\nExclude these sites."
             )
+
+
+def _require_fitting(model: nn.Module, example_inputs: Any) -> None:
+    """Tell inputs that the model does not take apart from an adapter that does not act."""
+    _set_mode(model, False)
+    try:
+        _run(model, example_inputs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise AdapterError(
+            f"{type(model).__name__} cannot be run on example_inputs ({type(error).__name__}: {error}); give a dict of"
+            " keyword arguments or a tuple of positional ones that it takes"
+        ) from error
 
 
 def _bypassed(model: nn.Module, name: str, example_inputs: Any) -> list[Site]:

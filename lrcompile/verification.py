@@ -25,6 +25,7 @@ from lrcompile.verifying.outputs import Inputs, aligned, call, input_sets, named
 from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
 from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating, runner
 from lrcompile.verifying.verdict import Limits, Rung, Verdict
+from lrcompile.wrapping import refuse_meta
 
 __all__ = ["Limits", "Rung", "Verdict", "verify"]
 
@@ -54,6 +55,9 @@ def verify(
     """
     if not isinstance(reference, nn.Module):
         raise VerificationError(f"the reference must be an nn.Module, not {type(reference).__name__}")
+    if limits is not None and not isinstance(limits, Limits):
+        raise VerificationError(f"limits must be lrcompile.Limits(...), got {type(limits).__name__}")
+    refuse_meta(reference, "verify", VerificationError)
     sets = input_sets(inputs)
     rungs = dict(candidate) if isinstance(candidate, Mapping) else {"candidate": candidate}
     if not rungs:

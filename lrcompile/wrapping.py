@@ -1,4 +1,6 @@
-"""Models that are wrapped already: rewriting below a wrapper would silently miss what the wrapper holds."""
+"""Models that cannot be rewritten or computed as they are: a wrapper holds what a rewrite below it would silently miss,
+and the meta device holds no values.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import sys
 
 from torch import nn
 
-from lrcompile.errors import AdapterError
+from lrcompile.errors import AdapterError, LrcompileError
 
 
 def refuse_wrapped(model: nn.Module, doing: str) -> None:
@@ -24,6 +26,13 @@ def refuse_wrapped(model: nn.Module, doing: str) -> None:
         for name, parameter in model.named_parameters():
             if isinstance(parameter, tensor.DTensor):
                 raise AdapterError(f"{name} is sharded (DTensor); {doing} the model first, then call fully_shard")
+
+
+def refuse_meta(model: nn.Module, doing: str, error: type[LrcompileError]) -> None:
+    """Raise `error` if `model` has shapes only, so that there is nothing to compute."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise error(f"{name} is on the meta device and has no values; load the weights first, then {doing}")
 
 
 def _wrapper(module: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lrcompile
+from lrcompile.errors import AdapterError
 
 SPEC = lrcompile.spec("lora", rank=2, seed=0)
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -152,3 +153,11 @@ def test_a_second_adapter_is_proved_beside_the_first():
     lrcompile.apply(model, SPEC, name="one", example_inputs=(X,))
     lrcompile.apply(model, SPEC, name="two", example_inputs=(X,))
     assert lrcompile.report(model).active == ("two",)
+
+
+def test_inputs_the_model_does_not_take_are_one_error_and_leave_it_plain():
+    model = nn.Linear(5, 7)
+    with pytest.raises(AdapterError, match="Linear cannot be run on example_inputs"):
+        lrcompile.apply(model, lrcompile.spec("lora", rank=2), example_inputs=(torch.ones(2, 6),))
+    assert type(model) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())

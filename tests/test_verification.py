@@ -400,3 +400,11 @@ def test_a_file_of_unknown_kind_or_no_package_is_refused(tmp_path: Any) -> None:
     for path, message in ((other, "ends in .onnx or .pt2"), (package, "truncated")):
         with pytest.raises(VerificationError, match=message):
             verify(nn.Linear(3, 2), path, (torch.ones(1, 3),))
+
+
+def test_inputs_the_model_cannot_take_and_limits_of_another_type_are_verification_errors():
+    model = nn.Embedding(5, 3)
+    with pytest.raises(VerificationError, match="Embedding cannot be run on these inputs: IndexError"):
+        lrcompile.verify(model, model, (torch.tensor([7]),))
+    with pytest.raises(VerificationError, match="limits must be"):
+        lrcompile.verify(model, model, (torch.tensor([1]),), limits=16)  # type: ignore[arg-type]

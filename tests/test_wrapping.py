@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lrcompile
-from lrcompile.errors import AdapterError
+from lrcompile.errors import AdapterError, ExportError, MergeError, VerificationError
 from lrcompile.wrapping import refuse_wrapped
 
 
@@ -102,3 +102,16 @@ def test_wrapping_afterwards_trains_the_adapter(group):
     wrapped(torch.randn(3, 6)).square().sum().backward()
     optimizer.step()
     assert not torch.equal(m[0].lrcompile_adapters["weight"]["default"].B, before)
+
+
+def test_a_model_on_the_meta_device_has_nothing_to_merge_export_or_verify(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 5))
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2))
+    inputs = (torch.ones(3, 6),)
+    with pytest.raises(MergeError, match=r"0\.weight is on the meta device"):
+        lrcompile.merge(model)
+    with pytest.raises(ExportError, match="then export"):
+        lrcompile.export(model, tmp_path / "m.onnx", inputs)
+    with pytest.raises(VerificationError, match="then verify"):
+        lrcompile.verify(model, model, inputs)

@@ -41,7 +41,13 @@ class ModuleRunner:
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         with evaluating(self.module), torch.no_grad():
-            return named_outputs(call(self.module, copied(inputs)))
+            try:
+                result = call(self.module, copied(inputs))
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+                raise VerificationError(
+                    f"{self.label} cannot be run on these inputs: {type(error).__name__}: {error}; give inputs it takes"
+                ) from error
+        return named_outputs(result)
 
 
 class PackageRunner:
