@@ -147,3 +147,14 @@ def test_an_input_of_size_one_beside_larger_ones_broadcasts():
 
     captured = capture(Sum(), (torch.randn(3, 4), torch.randn(1, 4)))
     assert captured.program.module()(torch.ones(5, 4), torch.ones(1, 4)).shape == (5, 4)
+
+
+def test_sizes_cannot_vary_for_what_only_variadic_keywords_take():
+    class Variadic(nn.Module):
+        def forward(self, x, **more):
+            return x + more["bias"]
+
+    inputs = {"x": torch.ones(3, 4), "bias": torch.ones(3, 4)}
+    with pytest.raises(ExportError, match=r"bias: Variadic.forward takes this through \*\*more only"):
+        capture(Variadic(), inputs)
+    assert capture(Variadic(), inputs, "static").outputs == ("output",)

@@ -181,3 +181,14 @@ def test_an_operation_without_an_onnx_form_is_named():
 
     with pytest.raises(ExportError, match=r"no ONNX form(.|\n)*svd"):
         lower(capture(Spectrum(), (torch.randn(3, 3),), "static"), {})
+
+
+def test_an_operation_without_an_onnx_form_is_named_with_the_reason(tmp_path):
+    class Unbatched(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    with pytest.raises(ExportError, match="no ONNX form: Error when translating node") as raised:
+        lrcompile.export(Unbatched(), tmp_path / "m.onnx", (torch.ones(2, 3, 4),))
+    assert "See the stack trace" not in str(raised.value)
+    assert ";" in str(raised.value)

@@ -51,6 +51,8 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
     if dynamic_shapes is None:
         args, kwargs = _enlarge(args, kwargs)
     bound = _bind(model, args, kwargs)
+    if dynamic_shapes is None:
+        _refuse_variadic(model, bound)
     shapes = pytree.tree_map(_varying(bound), bound) if dynamic_shapes is None else None if static else dynamic_shapes
     with _evaluation(model), deployable(model):
         try:
@@ -123,6 +125,17 @@ def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         raise ExportError(
             f"example_inputs do not fit {type(model).__name__}.forward: {error}; it takes {signature}"
         ) from error
+
+
+def _refuse_variadic(model: nn.Module, bound: dict[str, Any]) -> None:
+    """torch.export has no form of varying sizes in which a `**kwargs` may hold anything."""
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and bound.get(name):
+            raise ExportError(
+                f"{', '.join(bound[name])}: {type(model).__name__}.forward takes this through **{name} only, where"
+                " torch.export cannot let sizes vary; leave it out (a transformers option belongs in model.config), or"
+                " give dynamic_shapes='static'"
+            )
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None 
                 custom_translation_table=translation(),
             )
         except torch.onnx.OnnxExporterError as error:
-            # its own text is advice on reporting bugs to PyTorch; the cause is what the user can act on
-            raise ExportError(f"the captured program has no ONNX form: {error.__cause__ or error}") from error
+            # its own text is advice on reporting bugs to PyTorch; the causes are what the user can act on
+            raise ExportError(f"the captured program has no ONNX form: {_causes(error)}") from error
     assert lowered is not None  # only the old exporter returns None
     model = lowered.model
     if model.opset_imports.get("") != opset:  # torch only logs that its conversion failed
@@ -73,6 +73,16 @@ def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None 
             f"opset {opset} needs IR version {model.ir_version}; ONNX Runtime reads {_HIGHEST_IR} at most"
         )
     return model
+
+
+def _causes(error: BaseException) -> str:
+    """The first lines of what led to `error`, the nearest first: the node, then why it has no translation."""
+    lines = []
+    while (cause := error.__cause__) is not None:
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        lines.append(first.removesuffix(" See the stack trace for more information."))
+        error = cause
+    return "; ".join(lines) or str(error)
 
 
 def check_opset(opset: int | None) -> int:
