@@ -48,6 +48,8 @@ class State:
 
 def state_of(model: nn.Module) -> State:
     """The state of `model`, or an `AdapterError` saying that it has none."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a torch.nn.Module with an adapter, got {type(model).__name__}")
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None:
         inner = [name for name, module in model.named_modules() if _ATTRIBUTE in module.__dict__]

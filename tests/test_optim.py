@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.errors import AdapterError
 
 
 def model() -> Any:
@@ -118,3 +119,13 @@ def test_a_model_in_which_nothing_trains_is_refused():
     lrcompile.activate(m, "default", train=[])
     with pytest.raises(lrcompile.AdapterError, match="train=name"):
         lrcompile.optimizer(m, torch.optim.SGD, lr=0.1)
+
+
+def test_something_else_than_a_model_or_an_optimizer_class_is_an_adapter_error():
+    with pytest.raises(AdapterError, match="got NoneType"):
+        lrcompile.optimizer(None, torch.optim.SGD, 0.1)  # type: ignore[arg-type]
+    model = lrcompile.apply(nn.Linear(5, 4), lrcompile.spec("lora", rank=2))
+    with pytest.raises(AdapterError, match="optimizer class such as"):
+        lrcompile.optimizer(model, "adam", 0.1)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="expected a torch"):
+        lrcompile.report(None)  # type: ignore[arg-type]

@@ -26,6 +26,10 @@ def optimizer(
     `model` may be wrapped by now (DistributedDataParallel, fully_shard, torch.compile). The first step raises
     `TargetError` naming every adapter tensor no gradient reached. Raises `AdapterError` if nothing trains.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"lrcompile.optimizer takes a model with an adapter, got {type(model).__name__}")
+    if not callable(cls):
+        raise AdapterError(f"lrcompile.optimizer takes an optimizer class such as torch.optim.AdamW, got {cls!r}")
     inner = next((module for module in model.modules() if has_state(module)), None)
     if inner is None:
         raise AdapterError("lrcompile.optimizer needs a model with an adapter; call lrcompile.apply first")
