@@ -199,7 +199,13 @@ def wrong_calls():
         lrcompile.AdapterError,
         "'other'.*'default'",
     )
-    yield "bad proof", Model, lambda m: lrcompile.apply(m, LORA, example_inputs=("x",)), TypeError, ""
+    yield (
+        "bad proof",
+        Model,
+        lambda m: lrcompile.apply(m, LORA, example_inputs=("x",)),
+        lrcompile.AdapterError,
+        "example_inputs",
+    )
     yield "interrupted", Model, interrupted, KeyboardInterrupt, ""
     yield "qlora of embeddings", Model, qlora_embedding, lrcompile.SpecError, "embed"
 

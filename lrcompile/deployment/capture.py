@@ -53,7 +53,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
     bound = _bind(model, args, kwargs)
     if dynamic_shapes is None:
         _refuse_variadic(model, bound)
-    shapes = pytree.tree_map(_varying(bound), bound) if dynamic_shapes is None else None if static else dynamic_shapes
+    shapes = pytree.tree_map(_varying, bound) if dynamic_shapes is None else None if static else dynamic_shapes
     with _evaluation(model), deployable(model):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -108,13 +108,10 @@ def _axes(tensor: torch.Tensor) -> tuple[int, ...]:
     return axes[: tensor.dim()]
 
 
-def _varying(bound: dict[str, Any]) -> Any:
-    def spec(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        return {axis: Dim.DYNAMIC for axis in _axes(leaf) if leaf.shape[axis] != 1}
-
-    return spec
+def _varying(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return {axis: Dim.DYNAMIC for axis in _axes(leaf) if leaf.shape[axis] != 1}
 
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
