@@ -76,7 +76,8 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
             mine.B.normal_(0, 0.02)
             layer.lora_A["default"].weight.copy_(mine.A)
             layer.lora_B["default"].weight.copy_(mine.B)
-    return {"frozen": frozen, "lrcompile": ours.train(), "peft": theirs.train()}
+    # all in eval mode: the base's own dropout would be in the adapters' column otherwise
+    return {"frozen": frozen.eval(), "lrcompile": ours.eval(), "peft": theirs.eval()}
 
 
 def step(model: nn.Module, x: Tensor) -> None:
