@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lrcompile.attaching import attach, detach
-from lrcompile.errors import SpecError
+from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import match
 from lrcompile.merging import unmerge
 from lrcompile.proving import prove
@@ -36,6 +37,8 @@ def apply(model: nn.Module, spec: Spec, *, name: str = "default", example_inputs
             field="method",
         )
     refuse_wrapped(model, "apply to")
+    if torch.is_inference_mode_enabled():
+        raise AdapterError("apply within torch.inference_mode(): its tensors could never train; leave the block first")
     matched = match(model, spec)
     if example_inputs is None:
         attach(model, spec, name, matched)

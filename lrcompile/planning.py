@@ -23,6 +23,7 @@ from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.tables import render
+from lrcompile.wording import sized
 
 ADAMW_STATES = 2
 
@@ -85,9 +86,9 @@ class Plan:
             f"trains {self.trainable:,} numbers beside {self.total:,} ({self.trainable / max(self.total, 1):.3%})"
         )
         step = (
-            f"a step of {self.tokens:,} tokens: {_size(total)} = weights {_size(self.base_bytes)} + "
-            f"trained numbers, gradients and AdamW {_size(self.trainer_bytes)} + "
-            f"saved for the adapters at most {_size(self.saved_bytes)}",
+            f"a step of {self.tokens:,} tokens: {sized(total)} = weights {sized(self.base_bytes)} + "
+            f"trained numbers, gradients and AdamW {sized(self.trainer_bytes)} + "
+            f"saved for the adapters at most {sized(self.saved_bytes)}",
             f"a step of {self.tokens:,} tokens: "
             f"{flops / 1e9:,.1f} GFLOP in linear maps, of which the adapters {self.adapter_flops / max(flops, 1):.1%}",
         )
@@ -184,11 +185,3 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 def _used(site: Site, expert_share: float) -> float:
     """How many of a site's copies a token goes through."""
     return 1.0 if site.copies is None else site.copies * expert_share
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -17,6 +17,7 @@ from lrcompile.progress import shown
 from lrcompile.sites import ADAPTERS
 from lrcompile.state import has_state, state_of
 from lrcompile.targeting import ALL_LINEAR
+from lrcompile.wording import listed
 from lrcompile.wrapping import refuse_wrapped
 
 __all__ = ["Quantization", "base_of", "dequantize", "is_nf4", "nf4_weight", "quantization_of", "quantize"]
@@ -96,10 +97,10 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise AdapterError(f"this {type(model).__name__} has no weight stored as NF4")
     if lost := [name for name, module in found.items() if _BASE not in module.__dict__]:
         raise AdapterError(
-            f"the original weights of {_listed(lost)} were not kept; quantize(..., keep_base='cpu') keeps them"
+            f"the original weights of {listed(lost)} were not kept; quantize(..., keep_base='cpu') keeps them"
         )
     if adapted := [name for name, module in found.items() if ADAPTERS in module._modules]:
-        raise AdapterError(f"{_listed(adapted)} carry an adapter; call lrcompile.remove first")
+        raise AdapterError(f"{listed(adapted)} carry an adapter; call lrcompile.remove first")
     bases = {name: _returned(module) for name, module in found.items()}
     for name, module in found.items():
         detach(module, bases[name])
@@ -175,7 +176,3 @@ def _refuse_merged(model: nn.Module) -> None:
             raise MergeError(
                 "an adapter is merged, its originals kept; call merge(model, final=True) or unmerge, then quantize"
             )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

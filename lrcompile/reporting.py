@@ -12,6 +12,7 @@ from lrcompile import sites
 from lrcompile.errors import require
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 from lrcompile.tables import render
+from lrcompile.wording import sized
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Report:
             f"{'; merged: ' + ', '.join(self.merged) if self.merged else ''})\n"
             f"sites: {hit} adapted, {len(self.sites) - hit} left alone · trainable: {self.trainable:,} of"
             f" {self.total:,}"
-            f" ({self.trainable / max(self.total, 1):.3%}, {_size(self.trainable_bytes)}) · base:"
-            f" {_size(self.base_bytes)}"
+            f" ({self.trainable / max(self.total, 1):.3%}, {sized(self.trainable_bytes)}) · base:"
+            f" {sized(self.base_bytes)}"
         )
         return render(("site", "kind", "in", "out", "rank", "adapted", "why"), rows, title=title, notes=self.notes)
 
@@ -144,11 +145,3 @@ def _prefix(host: str, slot: str) -> str:
 
 def _mark(row: Row) -> str:
     return ("dead" if row.dead else "yes") if row.adapted else "no"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""

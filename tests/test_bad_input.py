@@ -200,3 +200,10 @@ def test_ctrl_c_during_merge_leaves_nothing_merged(monkeypatch, after):
     with pytest.raises(KeyboardInterrupt):
         lrcompile.merge(model)
     assert everything(model) == before
+
+
+def test_apply_within_inference_mode_is_refused_as_nothing_could_train():
+    model = torch.nn.Linear(5, 7)
+    with torch.inference_mode(), pytest.raises(lrcompile.AdapterError, match="inference_mode"):
+        lrcompile.apply(model, lrcompile.spec("lora", rank=2))
+    assert type(model) is torch.nn.Linear

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile import AdapterError
-from lrcompile.checkpointing.safe_tensors import open_tensors
+from lrcompile.safe_tensors import open_tensors
 from lrcompile.state import state_of
 
 BODY = "base_model.model.body.base_layer"  # a raw parameter of `body` itself is adapted, so PEFT wraps it

@@ -172,3 +172,13 @@ def test_a_bfloat16_model_stays_in_its_dtype():
             found, expected = deployed.program.module()(X.bfloat16()), model(X.bfloat16())
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, rtol=4 * 2**-8 * HIDDEN, atol=4 * 2**-8)
+
+
+@pytest.mark.parametrize("form", ["merge", "inline"])
+def test_an_adapter_that_diverged_is_refused_by_name(form, tmp_path):
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2))
+    model.get_parameter("1.lrcompile_adapters.weight.default.B").data[0, 0] = float("nan")
+    with pytest.raises(lrcompile.ExportError, match=r"at 1 holds NaN"):
+        lrcompile.export(model, tmp_path / "m.onnx", (torch.randn(2, 5),), adapters=form)
+    assert not list(tmp_path.iterdir())

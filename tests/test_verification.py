@@ -408,3 +408,11 @@ def test_inputs_the_model_cannot_take_and_limits_of_another_type_are_verificatio
         lrcompile.verify(model, model, (torch.tensor([7]),))
     with pytest.raises(VerificationError, match="limits must be"):
         lrcompile.verify(model, model, (torch.tensor([1]),), limits=16)  # type: ignore[arg-type]
+
+
+def test_a_reference_of_nan_alone_compares_nothing_and_does_not_hold():
+    broken = nn.Linear(5, 7)
+    nn.init.constant_(broken.weight, float("nan"))
+    verdict = lrcompile.verify(broken, broken, (torch.randn(2, 5),))
+    assert not verdict.ok
+    assert "nothing to compare" in str(verdict)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrcompile.nf4.modules import codes_of, is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import State
+from lrcompile.wording import listed
 
 WHOLE = 256 << 20
 _PLACES = 4096
@@ -47,9 +48,9 @@ def differences(
     there, faults, notes = recorded["sites"], [], []
     here = print_of(model, state, sites, sampled=recorded["sampled"])["sites"]
     if missing := [name for name in there if name not in here]:
-        faults.append(f"it was made for {_listed(missing)}, which its targets do not hit here")
+        faults.append(f"it was made for {listed(missing)}, which its targets do not hit here")
     if added := [name for name in here if name not in there]:
-        faults.append(f"its targets hit {_listed(added)} here, which it does not have")
+        faults.append(f"its targets hit {listed(added)} here, which it does not have")
     stored_otherwise = []
     for name in [name for name in there if name in here]:
         theirs, ours = there[name], here[name]
@@ -62,7 +63,7 @@ def differences(
     if stored_otherwise:
         notes.append(
             "the base is stored in another form than the adapter's was, so its bits were not compared:"
-            f" {_listed(stored_otherwise)}"
+            f" {listed(stored_otherwise)}"
         )
     return faults, notes
 
@@ -94,7 +95,3 @@ def _digest(tensors: Sequence[Tensor], sampled: bool) -> str | None:
             flat = flat[torch.linspace(0, flat.numel() - 1, _PLACES, dtype=torch.float64, device=flat.device).long()]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" … ({len(names)} in all)" if len(names) > 6 else "")

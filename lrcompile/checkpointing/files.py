@@ -21,8 +21,8 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from lrcompile import __version__
-from lrcompile.checkpointing.safe_tensors import TensorFile, open_tensors
 from lrcompile.errors import AdapterError, LrcompileError, SpecError, VerificationError
+from lrcompile.safe_tensors import TensorFile, open_tensors
 from lrcompile.specs import Spec
 from lrcompile.verifying.strictjson import parse_object
 

@@ -21,6 +21,7 @@ from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
+from lrcompile.wording import listed
 
 _MAX_RANK = 1 << 24
 
@@ -121,13 +122,13 @@ def check(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> None:
     entries = checkpoint.tensors.entries
     faults = []
     if unknown := sorted(set(entries) - set(expected) - set(plan.frozen)):
-        faults.append(f"unknown keys ({len(unknown)}): {_listed(unknown)}")
+        faults.append(f"unknown keys ({len(unknown)}): {listed(unknown)}")
     if missing := sorted(set(expected) - set(entries)):
-        faults.append(f"missing keys ({len(missing)}): {_listed(missing)}")
+        faults.append(f"missing keys ({len(missing)}): {listed(missing)}")
     wrong = [key for key in expected if key in entries and entries[key].shape != expected[key]]
     if wrong:
         shapes = [f"{key} is {list(entries[key].shape)}, expected {list(expected[key])}" for key in wrong]
-        faults.append(f"wrong shapes ({len(wrong)}): {_listed(shapes)}")
+        faults.append(f"wrong shapes ({len(wrong)}): {listed(shapes)}")
     if faults:
         raise AdapterError(
             f"{checkpoint.tensors.path} does not fit this {type(model).__name__} as {adapter_files.CONFIG} says:\n  "
@@ -183,7 +184,3 @@ def refuse_other_base_values(
                 f" base has ({list(there.shape)}): the base was resized or changed in training. Load that base, or add"
                 " the module to modules_to_save"
             )
-
-
-def _listed(items: list[str]) -> str:
-    return ", ".join(items[:12]) + (f" … ({len(items)} in all)" if len(items) > 12 else "")

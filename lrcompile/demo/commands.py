@@ -42,7 +42,7 @@ def from_options(given: Namespace) -> Pipeline:
         epochs=given.epochs, lr=given.lr, head_lr=given.head_lr, batch_size=given.batch_size, seed=given.seed
     )
     fields = _given(method=given.method, rank=given.rank, alpha=given.alpha, seed=given.seed)
-    fields |= _given(targets=names(given.targets) if given.targets else None)
+    fields |= _given(targets=names(given.targets) if given.targets is not None else None)
     whole = _given(model=given.model, out=given.out)
     return replace(
         start,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +72,6 @@ def notes(pipeline: Pipeline, ready: Prepared) -> list[str]:
         f"ms/batch: median of {CALLS} calls on {batch} × {width} tokens;"
         " peak: resident memory of a fresh process, libraries not counted",
     ]
-
-
-def versions() -> dict[str, str]:
-    packages = ("lrcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def write_json(path: Path, value: Any) -> None:

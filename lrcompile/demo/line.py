@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lrcompile
 from lrcompile.demo.checking import Checked, Claim, check
-from lrcompile.demo.concluding import described, make_rows, notes, versions, write_json
+from lrcompile.demo.concluding import described, make_rows, notes, write_json
 from lrcompile.demo.folders import save_classifier
 from lrcompile.demo.measuring import TEST, Measured, measure
 from lrcompile.demo.model import TextClassifier
@@ -22,6 +22,7 @@ from lrcompile.demo.rungs import ADAPTED, FP32_ONNX, INLINE_ONNX, MERGED, NF4, N
 from lrcompile.demo.showing import Show
 from lrcompile.demo.table import table
 from lrcompile.demo.training import encode_once, fit_adapter, fit_head, give_own_rate
+from lrcompile.deployment.describing import versions
 from lrcompile.errors import require
 from lrcompile.pipeline import Pipeline
 from lrcompile.recipes import recipe

@@ -22,8 +22,9 @@ from lrcompile.demo.folders import (
 from lrcompile.demo.model import TextClassifier
 from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
 from lrcompile.demo.sources import ModelError, load_pretrained, load_tokenizer, skeleton, untrained
-from lrcompile.demo.tensors import read_tensors, writing
+from lrcompile.demo.tensors import writing
 from lrcompile.quantizing import is_nf4
+from lrcompile.safe_tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Opened:
     def inputs(self, file: str | None, texts: list[str]) -> dict[str, Any]:
         """The tensors of `file`, or `texts` through the model's tokenizer, as keyword arguments of its forward."""
         if file is not None:
-            return dict(read_tensors(file))
+            return dict(read_tensors(Path(file), ModelError))
         encoded = self.tokenizer()(
             texts, padding=True, truncation=True, max_length=self._max_length(), return_tensors="pt"
         )

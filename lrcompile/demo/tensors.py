@@ -8,25 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrcompile.demo.sources import ModelError
+from lrcompile.safe_tensors import read_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of `path` by name; `ModelError` if it is missing, truncated or something else."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read the tensors in {path}: {error}") from error
+    from torch import nn
 
 
 def fill(model: nn.Module, path: str | Path) -> None:
     """Load `path` into `model`, every tensor of either; `ModelError` lists what does not fit."""
-    state = read_tensors(path)
+    state = read_tensors(Path(path), ModelError)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -16,7 +16,8 @@ from lrcompile.passes.base import Pass, Program, Result
 from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
-from lrcompile.passes.nodes import adapted_sites, nf4_sites
+from lrcompile.passes.nodes import ADAPTERS, adapted_sites, nf4_sites, site_of
+from lrcompile.passes.tensors import Tensors
 
 FORMS = ("auto", "merge", "inline")
 
@@ -78,6 +79,7 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
+    _refuse_broken(exported)
     stored, sites = nf4_sites(exported), adapted_sites(exported)
     form = _form(plan, stored)
     on_nf4 = [site for site in sites if site in stored] if form == "merge" else []
@@ -100,6 +102,19 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""))
+
+
+def _refuse_broken(exported: ExportedProgram) -> None:
+    """An adapter whose training diverged would turn every weight it is folded into, and every output, into NaN."""
+    tensors = Tensors(exported)
+    for node in exported.graph.nodes:
+        if node.target in ADAPTERS:
+            factors = [tensors.value(each) for each in node.args[2:4]]
+            if not all(factor is None or bool(torch.isfinite(factor).all()) for factor in factors):
+                raise ExportError(
+                    f"the adapter at {site_of(node, tensors)} holds NaN or infinite values: its training diverged;"
+                    " load an earlier checkpoint, or lrcompile.remove it"
+                )
 
 
 def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
@@ -29,7 +30,7 @@ _REASON_NF4 = (
 
 
 def versions() -> dict[str, str]:
-    found = {"lrcompile": lrcompile.__version__, "torch": torch.__version__}
+    found = {"python": platform.python_version(), "lrcompile": lrcompile.__version__, "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -54,6 +54,8 @@ def _floats(name: str, value: Tensor, bound: Deviation, limits: Limits) -> tuple
     error = difference(value, bound)
     if error is None:
         return OutputRow(name, shape), ["NaN or infinity at other places than in the reference"]
+    if exact.numel() and not error.numel():
+        return OutputRow(name, shape), ["the reference is NaN or infinite everywhere, so there is nothing to compare"]
     worst = float(error.abs().max()) if error.numel() else 0.0
     ratio = bound.ratio(worst)
     norm, finite = float(error.norm()), exact[torch.isfinite(exact)]

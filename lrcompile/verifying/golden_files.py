@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lrcompile import safe_tensors
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.manifest import sha256
-from lrcompile.verifying.strictjson import parse_object, read_object
+from lrcompile.verifying.strictjson import read_object
 from lrcompile.verifying.verdict import Limits
 from lrcompile.writing import atomic_folder
 
@@ -113,33 +113,9 @@ def changed_files(path: Path, case: Case) -> list[str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file whose header claims no more than the file holds."""
+    """All tensors of a case's file, which is a plain file of bounded size."""
     _own_file(path)
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise VerificationError(f"{path} has {size} bytes; a golden file has at most {MAX_BYTES}")
-    with path.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise VerificationError(f"{path} is no safetensors file, or is truncated")
-        header = parse_object(handle.read(length), str(path))
-    header.pop("__metadata__", None)
-    if len(header) > _MAX_TENSORS:
-        raise VerificationError(f"{path} claims {len(header)} tensors; at most {_MAX_TENSORS} are taken")
-    for name, entry in header.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        plain = (
-            isinstance(shape, list)
-            and len(shape) <= _MAX_RANK
-            and all(type(each) is int and each >= 0 for each in shape)
-        )
-        if not plain or math.prod(shape or ()) > 8 * size:
-            raise VerificationError(f"{path}: tensor {name!r} claims the shape {shape}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise VerificationError(f"{path} cannot be read: {error}") from error
+    return safe_tensors.read_tensors(path, VerificationError, MAX_BYTES)
 
 
 def _own_file(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,15 @@ from torch import Tensor
 
 from lrcompile.errors import AdapterError, LrcompileError, VerificationError
 from lrcompile.verifying.strictjson import parse_object
+from lrcompile.wording import listed
 
 MAX_BYTES = 16 << 30
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Adapters hold floats; anything else is refused."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+ANY = FLOATS | INTEGERS | {"BOOL": torch.bool, "C64": torch.complex64}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class TensorFile:
         self.path, self.entries = path, entries
         self._handle, self._head, self._error = handle, head, error
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, each of them finite."""
+    def tensors(self, *, finite: bool = True) -> dict[str, Tensor]:
+        """All tensors; NaN or infinity in any is an error where `finite` values are wanted."""
         need = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in self.entries.values())
         data = self._handle.read(need)
         if len(data) != need:
@@ -57,24 +59,37 @@ class TensorFile:
             loaded = load(self._head + data)
         except SafetensorError as cause:
             raise self._error(f"{self.path} is not a valid safetensors file: {cause}") from cause
-        if broken := [name for name, tensor in loaded.items() if not bool(torch.isfinite(tensor).all())]:
+        broken = [name for name, tensor in loaded.items() if finite and not bool(torch.isfinite(tensor).all())]
+        if broken:
             raise self._error(
-                f"{self.path}: {_listed(broken)} hold NaN or infinite values; the adapter is broken (or was never"
+                f"{self.path}: {listed(broken)} hold NaN or infinite values; the adapter is broken (or was never"
                 " trained well)"
             )
         return loaded
 
 
+def read_tensors(path: Path, error: type[LrcompileError], most: int = MAX_BYTES) -> dict[str, Tensor]:
+    """All tensors of `path`, of whatever dtype and value."""
+    with open_tensors(path, error=error, dtypes=ANY, most=most) as file:
+        return file.tensors(finite=False)
+
+
 @contextmanager
-def open_tensors(path: Path, *, error: type[LrcompileError] = AdapterError) -> Iterator[TensorFile]:
-    """Check header and sizes of `path`; `error`, naming the file and the fault, if anything in it is not as it should
-    be.
+def open_tensors(
+    path: Path,
+    *,
+    error: type[LrcompileError] = AdapterError,
+    dtypes: Mapping[str, torch.dtype] = FLOATS,
+    most: int = MAX_BYTES,
+) -> Iterator[TensorFile]:
+    """Check header and sizes of `path`, which holds at most so many bytes of these dtypes; `error`, naming the file
+    and the fault, if anything in it is not as it should be.
     """
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            if size > MAX_BYTES:
-                raise error(f"{path} has {size} bytes; files above {MAX_BYTES} are not read")
+            if size > most:
+                raise error(f"{path} has {size} bytes; files above {most} are not read")
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
@@ -85,12 +100,14 @@ def open_tensors(path: Path, *, error: type[LrcompileError] = AdapterError) -> I
             if length > MAX_HEADER:
                 raise error(f"{path}: its header has {length} bytes; headers above {MAX_HEADER} are not read")
             text = handle.read(length)
-            yield TensorFile(path, handle, head + text, _checked(path, text, size - 8 - length, error), error)
+            yield TensorFile(path, handle, head + text, _checked(path, text, size - 8 - length, dtypes, error), error)
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause}") from cause
 
 
-def _checked(path: Path, text: bytes, size: int, error: type[LrcompileError]) -> dict[str, Entry]:
+def _checked(
+    path: Path, text: bytes, size: int, dtypes: Mapping[str, torch.dtype], error: type[LrcompileError]
+) -> dict[str, Entry]:
     try:
         header = parse_object(text, f"the header of {path}")
     except VerificationError as cause:
@@ -102,7 +119,7 @@ def _checked(path: Path, text: bytes, size: int, error: type[LrcompileError]) ->
         raise error(f"{path} announces {len(header)} tensors; files with more than {MAX_TENSORS} are not read")
     entries, spans = {}, []
     for name, claim in header.items():
-        entries[name], span = _entry(path, name, claim, error)
+        entries[name], span = _entry(path, name, claim, dtypes, error)
         spans.append((*span, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -116,22 +133,20 @@ def _checked(path: Path, text: bytes, size: int, error: type[LrcompileError]) ->
     return entries
 
 
-def _entry(path: Path, name: str, claim: Any, error: type[LrcompileError]) -> tuple[Entry, tuple[int, int]]:
+def _entry(
+    path: Path, name: str, claim: Any, dtypes: Mapping[str, torch.dtype], error: type[LrcompileError]
+) -> tuple[Entry, tuple[int, int]]:
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{path}: {name!r} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise error(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise error(f"{path}: {name!r} has dtype {dtype!r}; expected one of {', '.join(dtypes)}")
     if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise error(f"{path}: {name!r} has shape {shape!r}, at most {MAX_DIMENSIONS} sizes were expected")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
         raise error(f"{path}: {name!r} has data_offsets {offsets!r}, which do not fit {shape} of {dtype}")
-    return Entry(DTYPES[dtype], tuple(shape)), (offsets[0], offsets[1])
+    return Entry(dtypes[dtype], tuple(shape)), (offsets[0], offsets[1])
 
 
 def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" … ({len(names)} in all)" if len(names) > 8 else "")
