@@ -14,7 +14,7 @@ from lrcompile.errors import AdapterError, LrcompileError
 def refuse_wrapped(model: nn.Module, doing: str) -> None:
     """Raise `AdapterError` with the right order of calls if `model`, or anything in it, is wrapped or sharded."""
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"{doing} takes a torch.nn.Module, got {type(model).__name__}")
+        raise AdapterError(f"cannot {doing} a {type(model).__name__}: a torch.nn.Module was expected")
     for name, module in model.named_modules():
         if wrapper := _wrapper(module):
             raise AdapterError(

@@ -167,7 +167,8 @@ def test_compiled_and_eager_agree_with_and_without_autocast(net, backend, autoca
         results.append((y, net.first.weight.grad.clone(), net.bias.grad.clone()))
     for eager, compiled in zip(*results, strict=True):
         assert eager.dtype == compiled.dtype
-        torch.testing.assert_close(compiled, eager, rtol=2**-5 if autocast else 2**-18, atol=1e-2 if autocast else 1e-5)
+        roundings = 8 * (2**-8 if autocast else 2**-24)  # the same operations, each free to round the other way
+        assert (compiled - eager).abs().max() <= roundings * eager.abs().max()
     assert results[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
 
 
