@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
-from lrcompile.folds import Fold, Held, exchange, on_host
-from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
+from lrcompile.folding import FoldedSite, fold
+from lrcompile.held import exchange
 from lrcompile.matching import owners_of_parameters
-from lrcompile.nf4.modules import Layout, codes_of, is_nf4, layout_of
+from lrcompile.nf4.modules import is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of
@@ -26,16 +26,6 @@ LOSS_LIMIT = 0.5
 """Largest adapter-relative error a merge accepts: beyond it rounding has taken more than half of the update."""
 
 _INTO = ("keep", "float32", "bfloat16", "float16", "nf4")
-
-
-@dataclass(frozen=True)
-class FoldedSite:
-    name: str
-    dtype: str
-    relative_size: float
-    """‖Δ‖ / ‖W‖."""
-    adapter_relative_error: float
-    """‖(W' − W) − Δ‖ / ‖Δ‖: what rounding took of the update; 0 where Δ is 0."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
     rows: list[FoldedSite] = []
     try:
         for site in chosen:
-            rows.append(_fold(model, state, site, names, into, owners))
+            rows.append(fold(model, state, site, names, into, owners))
         if erased := [row for row in rows if row.adapter_relative_error > LOSS_LIMIT]:
             raise MergeError(_erased_message(erased))
     except BaseException:
@@ -167,8 +157,8 @@ def _check_into(model: nn.Module, chosen: Sequence[Site], into: str) -> None:
             f"{name!r} (of {len(quantized)} such sites) holds NF4 codes, on which a small update would round away:"
             " 2-3 % of it survives."
             ' Keep the pair beside the base (export with adapters="inline": exact), or give into="bfloat16" or'
-            ' "float32" (dequantize and'
-            ' fold), or into="nf4" on a base quantized with keep_base="cpu" (requantizes W + Δ; the loss is measured).'
+            ' "float32" (dequantize and fold), or into="nf4" on a base quantized with keep_base="cpu" (requantizes'
+            " W + Δ; the loss is measured)."
         )
     if into == "nf4":
         if lost := [each for each, host in quantized.items() if base_of(host) is None]:
@@ -182,87 +172,16 @@ def _check_into(model: nn.Module, chosen: Sequence[Site], into: str) -> None:
         dtype = str(layout_of(hosts[wrong[0]]).dtype).removeprefix("torch.")
         raise MergeError(
             f"{wrong[0]!r} computes on {dtype} activations, so a plain {into} weight would not fit them; give"
-            f" into={dtype!r}, or cast the"
-            f" model first (model.to(torch.{into}))"
+            f" into={dtype!r}, or cast the model first (model.to(torch.{into}))"
         )
-
-
-def _fold(
-    model: nn.Module, state: State, site: Site, names: Sequence[str], into: str, owners: dict[int, list[str]]
-) -> FoldedSite:
-    host = model.get_submodule(site.host)
-    before, new = _folded_nf4(host, into) if is_nf4(host) else (host._parameters[site.slot], None)
-    assert before is not None
-    dtype = before.dtype if new is None else new.dtype
-    wide = torch.promote_types(before.dtype, torch.float32)
-    with torch.no_grad():
-        adapters = adapter_set(model, site)
-        delta = sum(adapters[name].delta(wide).to(before.device) for name in names if name in adapters)
-        assert isinstance(delta, Tensor)
-        if not torch.isfinite(delta).all():
-            raise MergeError(f"the update at {site.name!r} holds values that are not finite; it was not merged")
-        delta = delta.mT if site.transposed else delta
-        start = before if new is None else new.start
-        folded = (start.to(wide) + delta).to(dtype)
-        held = Held(data=folded)
-        if new is not None and new.requantize is not None:
-            held = Held(codes=new.requantize(folded))
-            folded = dequantize_nf4(held.codes[0], folded.shape, new.layout.block_size)  # type: ignore[index]
-        row = _measure(site.name, before, folded, delta, into if new is not None else None)
-    others = [other for other in owners.get(id(host._parameters.get(site.slot)), ()) if other != site.parameter]
-    if others:
-        state.folds[site.name] = Fold(Held(data=before.data), others[0], shared=host._parameters[site.slot])
-        host._parameters[site.slot] = nn.Parameter(folded, requires_grad=before.requires_grad)
-    else:
-        state.folds[site.name] = Fold(on_host(exchange(host, site.slot, held)))
-    return row
-
-
-@dataclass(frozen=True)
-class _FromCodes:
-    """How an NF4 weight is folded: from which values, into which dtype, and back into which codes."""
-
-    start: Tensor
-    dtype: torch.dtype
-    layout: Layout
-    requantize: Callable[[Tensor], tuple[Nf4, Layout]] | None = None
-
-
-def _folded_nf4(host: nn.Module, into: str) -> tuple[Tensor, _FromCodes]:
-    layout = layout_of(host)
-    values = dequantize_nf4(codes_of(host), layout.shape, layout.block_size)
-    if into != "nf4":
-        return values, _FromCodes(values, getattr(torch, into), layout)
-    double = codes_of(host).absmax_scale is not None
-    base = base_of(host)
-    assert base is not None  # `_check_into` asked
-    start = base.detach().to(values.device, torch.float32)
-    return values, _FromCodes(
-        start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout)
-    )
-
-
-def _measure(name: str, before: Tensor, after: Tensor, delta: Tensor, into: str | None) -> FoldedSite:
-    wide = delta.double()
-    size = wide.norm()
-    lost = ((after.double() - before.double()) - wide).norm()
-    weight = before.double().norm()
-    return FoldedSite(
-        name=name,
-        dtype=into or str(after.dtype).removeprefix("torch."),
-        relative_size=float(size / weight) if weight > 0 else float("inf") if size > 0 else 0.0,
-        adapter_relative_error=float(lost / size) if size > 0 else 0.0,
-    )
 
 
 def _erased_message(erased: Sequence[FoldedSite]) -> str:
     worst = max(erased, key=lambda row: row.adapter_relative_error)
     return (
         f"rounding to {worst.dtype} would take {worst.adapter_relative_error:.0%} of the update at {worst.name!r}"
-        " (and more than half at"
-        f" {len(erased)} sites in all), whose size is {worst.relative_size:.1e} of the weight's. Merge a float32"
-        " copy (model.float()), or keep"
-        " the adapter beside the base."
+        f" (and more than half at {len(erased)} sites in all), whose size is {worst.relative_size:.1e} of the weight's."
+        " Merge a float32 copy (model.float()), or keep the adapter beside the base."
     )
 
 

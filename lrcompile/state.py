@@ -11,7 +11,7 @@ from torch import nn
 
 from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
-from lrcompile.folds import Fold
+from lrcompile.held import Fold
 from lrcompile.hosting import Host
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site

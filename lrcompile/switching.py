@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
-from lrcompile.folds import Held, exchange
+from lrcompile.held import Held, exchange
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of

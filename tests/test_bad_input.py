@@ -185,9 +185,9 @@ def test_ctrl_c_during_training_leaves_a_model_that_can_be_removed_and_trained_o
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_ctrl_c_during_merge_leaves_nothing_merged(monkeypatch, after):
-    from lrcompile import merging
+    from lrcompile import folding
 
-    model, left, real = applied(), [after], merging._measure
+    model, left, real = applied(), [after], folding._measure
     before = everything(model)
 
     def stop(*args):
@@ -196,7 +196,7 @@ def test_ctrl_c_during_merge_leaves_nothing_merged(monkeypatch, after):
         left[0] -= 1
         return real(*args)
 
-    monkeypatch.setattr(merging, "_measure", stop)
+    monkeypatch.setattr(folding, "_measure", stop)
     with pytest.raises(KeyboardInterrupt):
         lrcompile.merge(model)
     assert everything(model) == before

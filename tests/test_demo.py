@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import lrcompile
 from lrcompile.demo import line
-from lrcompile.demo.data import Data, DataError, load_data
+from lrcompile.demo.data import Data, load_data
+from lrcompile.demo.errors import DataError
 from lrcompile.demo.folders import INSIDE, Card, load_classifier, save_classifier
 from lrcompile.demo.measuring import measure
 from lrcompile.demo.model import TextClassifier, pad

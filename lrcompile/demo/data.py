@@ -1,8 +1,7 @@
 """Labelled texts: the standard library's docstrings, or the user's own JSONL or CSV file.
 
-A text goes to the test part iff `sha256(text) / 2**256 < test_share`. The split is a function of the text alone, so
-the same
-text can never be on both sides, whatever the order, the limit or the file it came from.
+A text goes to the test part iff `sha256(text) / 2**256 < test_share`. The split is a function of the text alone, so the
+same text can never be on both sides, whatever the order, the limit or the file it came from.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lrcompile.errors import LrcompileError
+from lrcompile.demo.docstrings import stdlib_docstrings
+from lrcompile.demo.errors import DataError
+from lrcompile.demo.tables import read_table
 
 DOCSTRINGS = "stdlib-docstrings"
-
-
-class DataError(LrcompileError, ValueError):
-    """Data that cannot be read or cannot be learned from; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,6 @@ def load_data(source: str, *, classes: int = 20, test_share: float = 0.2, limit:
     keeps that
     many texts, evenly spread in hash order. Raises `DataError` on anything that cannot be learned from.
     """
-    from lrcompile.demo.docstrings import stdlib_docstrings
-    from lrcompile.demo.tables import read_table
-
     if source == DOCSTRINGS:
         pairs, dropped = _unique(stdlib_docstrings())
         kept = {label for label, _ in Counter(label for _, label in pairs).most_common(classes)}

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrcompile.demo.data import DataError
+from lrcompile.demo.errors import DataError
 
 MIN_CHARACTERS = 20  # below this a docstring is a word or two ("Internal.") and says nothing of its module
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrcompile.demo.data import DataError
+from lrcompile.demo.errors import DataError
 
 COLUMNS = ("text", "label")
 
