@@ -1,10 +1,8 @@
 """Hold every rung to what it claims, and say how much of the adapter each one keeps.
 
 Rungs that only reorder float32 arithmetic are held to the limits against float64 of the trained model. Rounding
-weights to
-NF4 is an approximation: what it takes of the adapter's effect is measured and reported, and the *graph* is held to
-the limits
-against float64 of the eager NF4 model it must reproduce.
+weights to NF4 is an approximation: what it takes of the adapter's effect is measured and reported, and the *graph* is
+held to the limits against float64 of the eager NF4 model it must reproduce.
 """
 
 from __future__ import annotations
