@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
+from lrcompile.nf4.modules import nf4_weight, replace_codes
 from lrcompile.quantizing import is_nf4, quantize
 from lrcompile.recipes import recipe
-from lrcompile.recipes.initialisers import initialise
+from lrcompile.recipes.forms.adapter import Adapter, Start
+from lrcompile.recipes.initialisers.random import generator_of
+from lrcompile.recipes.recipe import part
 from lrcompile.sites.bypass import mixin_for
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -25,11 +29,20 @@ from lrcompile.switching import activate, rewrite_graphs, set_training
 
 
 def attach(
-    model: nn.Module, spec: Spec, name: str, matched: Matched, *, trainable: bool = True, quantize_base: bool = True
+    model: nn.Module,
+    spec: Spec,
+    name: str,
+    matched: Matched,
+    *,
+    trainable: bool = True,
+    quantize_base: bool = True,
+    measured: Mapping[str, Any] | None = None,
+    started: bool = True,
 ) -> None:
     """Add the adapter `name` at the matched sites and make it the active one; all of it or nothing.
 
-    `quantize_base` False leaves a float base float, whatever the method would make of it.
+    `quantize_base` False leaves a float base float, whatever the method would make of it. `measured`: by site name,
+    what the method's calibration found. `started` False leaves the tensors for the caller to fill.
     """
     first = not has_state(model)
     state = State() if first else state_of(model)
@@ -41,15 +54,15 @@ def attach(
         raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
     _check_baked_dropout(spec, matched.hit)
     method = recipe(spec.method)
-    adapters = [_build(model, method.adapter_class(), spec, site) for site in matched.hit]
+    built = _build(model, spec, matched.hit, measured or {}, started)
     if method.quantizes_base and quantize_base:
-        _quantize_base(model, spec, matched.hit)
+        _quantize_base(model, spec, built)
     if first:
         state.flags = {key: p.requires_grad for key, p in model.named_parameters()}
         set_state(model, state)
     before = (dict(state.active), state.training)
     try:
-        _place(model, state, name, matched, adapters)
+        _place(model, state, name, built)
         state.specs[name], state.sites[name], state.spared[name] = spec, matched.hit, matched.spared
         state.trained.add(model, name, matched.trained)
         state.notes += [note for note in matched.notes if note not in state.notes]
@@ -124,25 +137,56 @@ def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:
         )
 
 
-def _build(model: nn.Module, form: Any, spec: Spec, site: Site) -> nn.Module:
+Built = list[tuple[Adapter, Start]]
+
+
+def _build(model: nn.Module, spec: Spec, hit: Sequence[Site], measured: Mapping[str, Any], started: bool) -> Built:
+    """The adapters of all sites, their tensors filled; nothing of the model has changed yet."""
+    method = recipe(spec.method)
+    if method.form is None:
+        return []
+    form = part(method.form)
+    placed = [_storage(model, spec, site) for site in hit]
+    shared = form.share(spec, hit, dtype=placed[0][0], device=placed[0][1])
+    built = []
+    for site, (dtype, device) in zip(hit, placed, strict=True):
+        adapter = form.build(spec, site, shared, dtype=dtype, device=device)
+        start = Start(
+            site,
+            spec,
+            partial(base_weight, model, site),
+            None if device.type == "meta" else generator_of(spec.seed, site.name, device),
+            measured.get(site.name),
+        )
+        if started and device.type != "meta":
+            with torch.no_grad():
+                adapter.begin(start)
+                if method.init is not None:
+                    part(method.init)(adapter, start)
+                adapter.finish(start)
+        built.append((adapter, start))
+    return built
+
+
+def _storage(model: nn.Module, spec: Spec, site: Site) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of an adapter's tensors at `site`."""
     weight = sites.weight_of(model, site) if site.slot in model.get_submodule(site.host)._parameters else None
     device = weight.device if weight is not None else next(model.get_submodule(site.host).buffers()).device
     wide = torch.promote_types(weight.dtype, torch.float32) if weight is not None else torch.float32
-    adapter = form(
-        site.in_features,
-        site.out_features,
-        spec.rank_of(site.name),
-        spec.scale_of(site.name),
-        dropout=spec.dropout,
-        copies=site.copies,
-        dtype=getattr(torch, spec.dtype) if spec.dtype else wide,
-        device=device,
-    )
-    initialise(spec.init, site.form, adapter.A, adapter.B, seed=spec.seed, site=site.name)
-    return adapter
+    return getattr(torch, spec.dtype) if spec.dtype else wide, device
 
 
-def _quantize_base(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> None:
+def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
+    """The weight of `site` `[..., out, in]` in float32 (float64 for a float64 base), dequantized if need be."""
+    host = model.get_submodule(site.host)
+    if is_nf4(host):
+        return nf4_weight(host)
+    weight = sites.weight_of(model, site).detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _quantize_base(model: nn.Module, spec: Spec, built: Built) -> None:
+    hit = [start.site for _, start in built]
     plain = [
         site.name for site in hit if site.kind in ("linear", "conv1d") and not is_nf4(model.get_submodule(site.host))
     ]
@@ -161,10 +205,14 @@ def _quantize_base(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> None:
             keep_base=spec.keep_base,
             targets="|".join(re.escape(each) for each in plain),
         )
+    for _, start in built:
+        if start.codes is not None:
+            replace_codes(model.get_submodule(start.site.host), start.codes)
 
 
-def _place(model: nn.Module, state: State, name: str, matched: Matched, adapters: list[nn.Module]) -> None:
-    for site, adapter in zip(matched.hit, adapters, strict=True):
+def _place(model: nn.Module, state: State, name: str, built: Built) -> None:
+    for adapter, start in built:
+        site = start.site
         host = model.get_submodule(site.host)
         if sites.ADAPTERS not in host._modules:
             host.add_module(sites.ADAPTERS, AdapterSlots())

@@ -42,13 +42,15 @@ def fold(
     wide = torch.promote_types(before.dtype, torch.float32)
     with torch.no_grad():
         adapters = adapter_set(model, site)
-        delta = sum(adapters[name].delta(wide).to(before.device) for name in names if name in adapters)
-        assert isinstance(delta, Tensor)
+        start = (before if new is None else new.start).to(wide)
+        base = start.mT if site.transposed else start
+        delta = torch.zeros_like(base)
+        for adapter in (adapters[name] for name in names if name in adapters):
+            delta += adapter.change(base + delta, base)
         if not torch.isfinite(delta).all():
             raise MergeError(f"the update at {site.name!r} holds values that are not finite; it was not merged")
         delta = delta.mT if site.transposed else delta
-        start = before if new is None else new.start
-        folded = (start.to(wide) + delta).to(dtype)
+        folded = (start + delta).to(dtype)
         held = Held(data=folded)
         if new is not None and new.requantize is not None:
             held = Held(codes=new.requantize(folded))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from lrcompile.errors import TargetError
@@ -14,11 +13,13 @@ PATIENCE = 100
 """Steps to wait where layers are dropped at random, before a layer never seen counts as dead."""
 
 
-def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Look before the first step of `optimizer`; with layer drop, until every tensor was seen or patience ends."""
+def watcher(model: nn.Module) -> Callable[[], None]:
+    """What to call before each optimizer step: it looks before the first; with layer drop, until every tensor was seen
+    or patience ends.
+    """
     left = PATIENCE if drops_layers(model) else 1
 
-    def look(*_: object) -> None:
+    def look() -> None:
         nonlocal left
         if left <= 0:
             return
@@ -31,7 +32,7 @@ def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         elif left <= 0:
             raise TargetError(dead_message(state.dead))
 
-    optimizer.register_step_pre_hook(look)
+    return look
 
 
 def dead_names(model: nn.Module) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lrcompile import sites, targeting
 from lrcompile.errors import SpecError, TargetError
+from lrcompile.nf4.modules import is_nf4
+from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 
@@ -29,26 +32,39 @@ def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Mat
     Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a
     rank above min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
     """
-    found = sites.find(model)
+    found = [_considered(model, spec, site) for site in sites.find(model)]
     if spec.targets == targeting.ALL_LINEAR:
         hit, spared = _all_linear(model, spec, found)
     else:
         hit, spared = _named(model, spec, found)
-    if not hit:
+    if not hit and recipe(spec.method).form is not None:
         reasons = "; ".join(f"{site.name}: {why}" for site, why in spared[:5]) or "it has no linear maps"
         raise TargetError(f"nothing to adapt in this {type(model).__name__} ({reasons})")
+    trained = _trained_names(model, spec, hit)
+    if recipe(spec.method).form is None:
+        if not trained:
+            raise TargetError(f"{spec.method} finds nothing to train in this {type(model).__name__}", field="bias")
+        return Matched((), tuple(spared), trained, ())
     names = [site.name for site in hit]
     targeting.require_patterns(names, spec.rank_pattern, "rank_pattern")
     targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")
-    if not allow_high_rank:
+    if not allow_high_rank and not recipe(spec.method).any_rank:
         _check_ranks(spec, hit)
-    trained = _trained_names(model, spec, hit)
     if both := [site.name for site in hit if site.parameter in trained]:
         raise TargetError(
             f"{both[0]!r} is both a target and trained in full (train_modules); choose one: adapt it, or train it",
             field="train_modules",
         )
     return Matched(tuple(hit), tuple(spared), trained, tuple(_tie_notes(model, hit)))
+
+
+def _considered(model: nn.Module, spec: Spec, site: Site) -> Site:
+    """The site, refused where the method's form or its demands on the base do not go with it."""
+    method = recipe(spec.method)
+    reason = site.refusal or (part(method.form).refusal(site) if method.form is not None else None)
+    if reason is None and method.nf4 is not None and is_nf4(model.get_submodule(site.host)):
+        reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
+    return site if reason == site.refusal else replace(site, refusal=reason)
 
 
 def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:

@@ -11,6 +11,7 @@ Attention scores, norms and element-wise operations are not counted: they depend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 from lrcompile.matching import match
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.tables import render
@@ -140,8 +142,10 @@ def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
 
 
 def _planned(site: Site, spec: Spec) -> Planned:
-    copies, rank = site.copies or 1, spec.rank_of(site.name)
-    added = copies * rank * (site.in_features + site.out_features)
+    copies, rank, method = site.copies or 1, spec.rank_of(site.name), recipe(spec.method)
+    assert method.form is not None  # a method without one hits no site
+    shapes = part(method.form).shapes(site.in_features, site.out_features, rank)
+    added = copies * sum(math.prod(shape) for name, shape in shapes.items() if name in method.trains)
     return Planned(site.name, site.kind, site.in_features, site.out_features, copies, rank, added, "")
 
 

@@ -96,8 +96,10 @@ def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Te
         rewrite_graphs(model, chosen)
         off = _run(model, example_inputs)
         for site, host, adapters, weight in zip(chosen, hosts, sets, weights, strict=True):
-            delta = adapters[name].delta(torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
-            folded = (weight.detach() + (delta.mT if site.transposed else delta)).to(weight.dtype)
+            wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            base = wide.mT if site.transposed else wide
+            delta = adapters[name].change(base, base)
+            folded = (wide + (delta.mT if site.transposed else delta)).to(weight.dtype)
             if len(owners[id(weight)]) > 1:  # as `merge`: what else shares the weight keeps it
                 host._parameters[site.slot] = nn.Parameter(folded, requires_grad=False)
             else:

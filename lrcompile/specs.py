@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import SpecError
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import REQUIRED
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,11 +27,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _LARGEST = sys.float_info.max
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127  # float32's normal numbers
-
-
-def scale_of(scaling: str, rank: int, alpha: float) -> float:
-    """s = alpha/rank, or alpha/√rank (rsLoRA, arXiv 2312.03732)."""
-    return alpha / (rank if scaling == "alpha/r" else math.sqrt(rank))
 
 
 @dataclass(frozen=True)
@@ -100,8 +95,14 @@ class Spec:
     def _checked_options(self, known: Mapping[str, Any]) -> dict[str, Any]:
         for name in self.options:
             if name not in known:
-                _refuse_field(name, self.method, [*COMMON, *known])
+                common = [field for field in COMMON if field not in recipe(self.method).lacks]
+                _refuse_field(name, self.method, [*common, *known])
         given = {name: self.options.get(name, option.default) for name, option in known.items()}
+        if missing := [name for name, value in given.items() if value is REQUIRED]:
+            raise SpecError(
+                f"{self.method} needs {missing[0]}: {known[missing[0]].expected}; the method has no usual value for it",
+                field=missing[0],
+            )
         for name, value in given.items():
             if not known[name].valid(value):
                 raise SpecError(
@@ -123,14 +124,14 @@ class Spec:
 
     def scale_of(self, site: str) -> float:
         """s at this site; `SpecError` where float32, in which adapters keep it, has no such number."""
-        scale = scale_of(self.scaling, self.rank_of(site), self.alpha_of(site))
+        scale = recipe(self.method).scale(self, self.rank_of(site), self.alpha_of(site))
         if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
             raise SpecError(f"alpha gives a scale of {scale:.3g} at {site!r}, which float32 cannot hold", field="alpha")
         return scale
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; `Spec.from_dict` gives an equal spec back."""
-        out = {name: getattr(self, name) for name in COMMON}
+        out = {name: getattr(self, name) for name in COMMON if name not in recipe(self.method).lacks}
         return {"method": self.method} | {k: _plain(v) for k, v in (out | dict(self.options)).items()}
 
     @classmethod
@@ -142,7 +143,11 @@ class Spec:
         for name in data:
             if not isinstance(name, str):
                 raise SpecError(f"field names are strings, got {name!r}", field=str(name))
-        given = dict(data)
+        method = recipe(data["method"])
+        for name, reason in method.lacks.items():
+            if name in data:
+                raise SpecError(f"{method.name} has no {name}: {reason}", field=name)
+        given = {**method.defaults, **data}
         known = {"method", *COMMON}
         options = {name: given.pop(name) for name in list(given) if name not in known}
         return cls(**given, options=options)

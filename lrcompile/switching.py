@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
+from lrcompile.recipes import recipe
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
@@ -88,8 +89,10 @@ def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in names:
-        for _, tensor in adapter_tensors(model, state, name):
-            tensor.requires_grad_(True)
+        trains = recipe(state.specs[name].method).trains
+        for key, tensor in adapter_tensors(model, state, name):
+            if key.rpartition(".")[2] in trains:
+                tensor.requires_grad_(True)
         for key in state.trained.names_of(name):
             model.get_parameter(key).requires_grad_(True)
 

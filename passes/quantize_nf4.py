@@ -14,7 +14,7 @@ from lrcompile.kernels.nf4_linear import ABSMAX_BLOCK, Nf4, decode_absmax, dequa
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import NF4_LINEAR, tidy
 from lrcompile.passes.tensors import Tensors, substitute
-from lrcompile.recipes.qlora import BLOCK_SIZES
+from lrcompile.recipes.recipe import BLOCK_SIZES
 from lrcompile.sites.linear import conv1d
 from lrcompile.targeting import is_router, output_heads
 

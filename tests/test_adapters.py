@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots, LoraAdapter
+from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
 from lrcompile.errors import AdapterError
+from lrcompile.recipes.forms.pair import LoraAdapter
 
 
 def made(inside=7, out=5, rank=3, scale=0.3, dtype=torch.float64, **options) -> LoraAdapter:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lrcompile
 from lrcompile import recipes
-from lrcompile.recipes.initialisers import initialise
+from lrcompile.recipes.initialisers.random import fill, generator_of
 
 
 def drawn(
@@ -27,12 +27,13 @@ def drawn(
     dtype=torch.float32,
 ):
     A, B = torch.empty(*lead, rank, inside, dtype=dtype), torch.empty(*lead, out, rank, dtype=dtype)
-    initialise(name, form, A, B, seed=seed, site=site)
+    fill("lookup" if form == "lookup" else name, A, B, generator_of(seed, site, A.device))
     return A, B
 
 
 def test_methods_are_sorted_and_each_has_a_recipe_of_its_name():
-    assert lrcompile.methods() == ("lora", "qlora")
+    assert lrcompile.methods() == tuple(sorted(lrcompile.methods()))
+    assert {"lora", "qlora", "rslora"} <= set(lrcompile.methods())
     assert all(recipes.recipe(name).name == name for name in lrcompile.methods())
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lrcompile.adapters import AdapterSet, LoraAdapter
+from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
 from lrcompile.hosting import swap
+from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.sites import attention, bypass, linear
 from lrcompile.sites.site import Slot
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile.adapters import AdapterSet, LoraAdapter
+from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
 from lrcompile.hosting import swap
+from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.sites import experts, parameter
 from lrcompile.sites.site import Slot
 

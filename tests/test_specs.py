@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lrcompile
 from lrcompile.errors import SpecError
-from lrcompile.specs import COMMON, Spec, pattern_hits, scale_of, spec
+from lrcompile.specs import COMMON, Spec, pattern_hits, spec
 
 WRONG: list[tuple[str, object]] = [
     ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", "8"), ("rank", None),
@@ -149,8 +149,8 @@ def test_a_file_that_is_no_spec_is_one_typed_error(tmp_path, content):
 
 
 def test_the_two_scale_rules_are_exact():
-    assert scale_of("alpha/r", 8, 12.0) == 1.5
-    assert scale_of("alpha/sqrt(r)", 8, 12.0) == 12.0 / math.sqrt(8)
+    assert spec("lora", rank=8, alpha=12.0).scale_of("q") == 1.5
+    assert spec("lora", rank=8, alpha=12.0, scaling="alpha/sqrt(r)").scale_of("q") == 12.0 / math.sqrt(8)
     s = spec("lora", rank=4, alpha=3, rank_pattern={"q": 9}, alpha_pattern={"q": 5}, scaling="alpha/sqrt(r)")
     assert s.scale_of("h.0.q") == 5 / 3
     assert s.scale_of("h.0.k") == 1.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lrcompile.adapting import remove
@@ -30,10 +29,7 @@ def attach_filled(
     before = (dict(old.active), old.training) if old is not None else ({}, ())
     taken = old is not None and name in old.specs
     fresh = _free_name(old, name) if taken else name
-    with torch.random.fork_rng(
-        devices=sorted({t.device for pair in factors.values() for t in pair if t.is_cuda}, key=str)
-    ):
-        attach(model, plan.spec, fresh, plan.matched, trainable=trainable)
+    attach(model, plan.spec, fresh, plan.matched, trainable=trainable, started=False)
     state = state_of(model)
     try:
         for site in plan.matched.hit:

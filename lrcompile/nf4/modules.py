@@ -119,6 +119,14 @@ def nf4_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight.t() if layout.transposed else weight
 
 
+def replace_codes(module: nn.Module, nf4: Nf4) -> None:
+    """Other codes for the same layout, stored in the same form."""
+    for name, tensor in zip(BUFFERS, nf4, strict=True):
+        held: Tensor | None = module._buffers[name]
+        assert (held is None) == (tensor is None)
+        module._buffers[name] = tensor if held is None or tensor is None else tensor.to(held.device)
+
+
 def attach(module: nn.Module, nf4: Nf4, layout: Layout) -> None:
     """Put `nf4` in the place of `module.weight`, beneath whatever else its class was swapped for."""
     del module._parameters["weight"]

@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from lrcompile.errors import AdapterError
-from lrcompile.liveness import watch
-from lrcompile.state import has_state
+from lrcompile.liveness import watcher
+from lrcompile.optim.rule import Rule
+from lrcompile.optim.wiring import wire
+from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
+from lrcompile.state import has_state, state_of
 
 __all__ = ["optimizer"]
 
@@ -38,6 +42,17 @@ def optimizer(
         raise AdapterError(
             "nothing trains: call lrcompile.activate(model, name, train=name) to choose the adapter that does"
         )
-    made = cls(parameters, lr=lr, **kw)
-    watch(inner, made)
+    rules = _rules(inner)
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    for rule in rules:
+        rule.check(cls)
+        groups = rule.groups(groups, lr)
+    made = cls(groups, lr=lr, **kw)
+    wire(made, rules, watcher(inner))
     return made
+
+
+def _rules(model: nn.Module) -> list[Rule]:
+    """The step rules of every adapter that trains, in the order their recipes name them."""
+    state = state_of(model)
+    return [part(path)(model, name) for name in state.training for path in recipe(state.specs[name].method).rules]

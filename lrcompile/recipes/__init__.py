@@ -14,7 +14,11 @@ from lrcompile.errors import LrcompileError, SpecError
 from lrcompile.recipes.recipe import Option as Option
 from lrcompile.recipes.recipe import Recipe as Recipe
 
-_BUILT_IN = {"lora": "lrcompile.recipes.lora", "qlora": "lrcompile.recipes.qlora"}
+_BUILT_IN = {
+    "lora": "lrcompile.recipes.lora",
+    "qlora": "lrcompile.recipes.qlora",
+    "rslora": "lrcompile.recipes.rslora",
+}
 
 
 @cache

@@ -5,8 +5,6 @@ from lrcompile.recipes.recipe import Recipe
 RECIPE = Recipe(
     name="lora",
     summary="y = xWᵀ + b + s·(xAᵀ)Bᵀ",
-    trains="A, B",
     paper="2106.09685",
-    form="lrcompile.adapters:LoraAdapter",
     peft="LORA",
 )

@@ -44,13 +44,16 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
 
 def erase_adapters(graph: fx.Graph, root: nn.Module) -> None:
     """Take out every node the rule inserted: by what it reads, which copies and other rewrites of the graph keep."""
-    read = [node for node in graph.nodes if node.op == "get_attr" and _is_factor(root, str(node.target))]
-    for node in reversed(graph.nodes):
-        if not set(node.all_input_nodes).isdisjoint(read):
+    doomed = {node for node in graph.nodes if node.op == "get_attr" and _is_factor(root, str(node.target))}
+    for node in graph.nodes:
+        if doomed.isdisjoint(node.all_input_nodes):
+            continue
+        if getattr(node.target, "namespace", None) == "lrcompile":
             node.replace_all_uses_with(node.args[0])  # y of op(y, x, A, B, …)
+        doomed.add(node)
+    for node in reversed(graph.nodes):
+        if node in doomed:
             graph.erase_node(node)
-    for node in read:
-        graph.erase_node(node)
 
 
 def _is_factor(root: nn.Module, target: str) -> bool:
@@ -65,12 +68,14 @@ def _is_factor(root: nn.Module, target: str) -> bool:
 
 def _insert(graph: fx.Graph, use: Use, path: str, adapter: nn.Module) -> Use:
     tracer = fx.Tracer()
-    constants: dict[str, Any] = {}
+    constants: dict[str, Any] = {"host": None}
+    arguments = ["y", "x", "host"]
     if use.form == "lookup":
         tracer.traced_func_name = "lookup"
         constants = {"padding_idx": use.padding_idx}
-    body = tracer.trace(adapter, constants or None)
-    drop_constants(body, ["y", "ids", "padding_idx"], constants)
+        arguments = ["y", "ids", "padding_idx"]
+    body = tracer.trace(adapter, constants)
+    drop_constants(body, arguments, constants)
     inputs = iter((use.node, use.x))
     mapped: dict[fx.Node, Any] = {}
     users = list(use.node.users)

@@ -162,7 +162,8 @@ def _plain(value: Any) -> Any:
 
 def _live(module: nn.Module) -> Any:
     sets: Any = module._modules["lrcompile_adapters"]
-    return tuple((slot, name, sets[slot][name].probability) for slot in sets for name in sets[slot].live_names())
+    live = [(slot, name, sets[slot][name]) for slot in sets for name in sets[slot].live_names()]
+    return tuple((slot, name, adapter.probability, adapter.variant) for slot, name, adapter in live)
 
 
 def _first_line(error: BaseException) -> str:

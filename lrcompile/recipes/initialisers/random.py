@@ -1,4 +1,4 @@
-"""How factors start. Each fills A `[..., rank, in]` and B `[..., out, rank]` in place; the product B·A is zero but
+"""Random factors. Each fills A `[..., rank, in]` and B `[..., out, rank]` in place; the product B·A is zero but
 where said.
 """
 
@@ -47,15 +47,20 @@ def lookup(A: Tensor, B: Tensor, generator: torch.Generator | None) -> None:
     B.normal_(0, 1, generator=generator)
 
 
-_BY_NAME: dict[str, Initialiser] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
+_BY_NAME: dict[str, Initialiser] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "lookup": lookup,
+}
 
 
-def initialise(name: str, form: str, A: Tensor, B: Tensor, *, seed: int | None, site: str) -> None:
-    """Fill the factors of one site; with a `seed` the values depend on it and the site's name only."""
-    if A.is_meta:
-        return
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(A.device).manual_seed(seed ^ zlib.crc32(site.encode()))
+def fill(name: str, A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill the factors of one site as the initialiser `name` does."""
     with torch.no_grad():
-        (lookup if form == "lookup" else _BY_NAME[name])(A, B, generator)
+        _BY_NAME[name](A, B, generator)
+
+
+def generator_of(seed: int | None, site: str, device: torch.device) -> torch.Generator | None:
+    """With a `seed` the values depend on it and the site's name only; None: torch's own generator."""
+    return None if seed is None else torch.Generator(device).manual_seed(seed ^ zlib.crc32(site.encode()))

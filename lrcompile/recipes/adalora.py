@@ -1,0 +1,27 @@
+"""AdaLoRA (arXiv 2303.10512): a factored SVD whose triplets compete for a shrinking budget."""
+
+from lrcompile.recipes.recipe import REQUIRED, Recipe, integer, number
+from lrcompile.recipes.scales import initial_rank
+
+RECIPE = Recipe(
+    name="adalora",
+    summary="y = xWᵀ + b + s·((xAᵀ) ⊙ E)Bᵀ, the least important E set to 0 as the budget shrinks",
+    paper="2303.10512",
+    form="lrcompile.recipes.forms.adalora:TripletAdapter",
+    trains=("A", "B", "E"),
+    scale=initial_rank,
+    rules=("lrcompile.optim.adalora:Allocation",),
+    aux="lrcompile.recipes.losses.orthogonality:orthogonality",
+    options={
+        "target_rank": integer(REQUIRED, 1),
+        "total_steps": integer(REQUIRED, 1),
+        "tinit": integer(0, 0),
+        "tfinal": integer(0, 0),
+        "delta_t": integer(1, 1),
+        "beta1": number(0.85, "a number in (0, 1)", lambda v: 0 < v < 1),
+        "beta2": number(0.85, "a number in (0, 1)", lambda v: 0 < v < 1),
+        "orth_weight": number(0.1, "a number of at least 0", lambda v: v >= 0),
+    },
+    lacks={"scaling": "s is alpha over the initial rank", "init": "its factors are small Gaussians, E is 0"},
+    peft="ADALORA",
+)

@@ -1,0 +1,1 @@
+"""Adapter forms: the module that holds one site's added tensors and says what they compute."""

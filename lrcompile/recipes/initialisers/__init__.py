@@ -1,0 +1,1 @@
+"""Initialisers: how a form's tensors start. Each is a function `(adapter, start)` a recipe names."""
