@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from lrcompile.attaching import attach, detach
+from lrcompile.calibrating import Loss, calibrated
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import match
 from lrcompile.merging import unmerge
@@ -20,13 +22,24 @@ from lrcompile.switching import disabled as disabled
 from lrcompile.wrapping import refuse_wrapped
 
 
-def apply(model: nn.Module, spec: Spec, *, name: str = "default", example_inputs: Any = None) -> nn.Module:
+def apply(
+    model: nn.Module,
+    spec: Spec,
+    *,
+    name: str = "default",
+    example_inputs: Any = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
     """y = xWᵀ + b  becomes  y = xWᵀ + b + s·(xAᵀ)Bᵀ at every site of `spec`; in place, returns `model`.
 
     The new adapter is active alone and the only thing that trains. Base parameters keep their identity, names and
     bits. An `fx.GraphModule` (also the module of an exported program) gets the same rewrite on its nodes. With
     `example_inputs` (a dict of keyword or a tuple of positional arguments) it is proved on the spot that every adapter
     is reached, gets a gradient and merges; before the base is quantized, where the method does that.
+
+    A method that starts from data takes `data`, an iterable of batches (a dict for `model(**batch)`, a tuple for
+    `model(*batch)`), and `loss(output, batch)`, by default `output.loss`.
 
     Raises `SpecError` and `TargetError` (see `match`), `AdapterError` for a name in use, a wrapped or a merged model.
     On any error the model is as it was.
@@ -40,11 +53,12 @@ def apply(model: nn.Module, spec: Spec, *, name: str = "default", example_inputs
     if torch.is_inference_mode_enabled():
         raise AdapterError("apply within torch.inference_mode(): its tensors could never train; leave the block first")
     matched = match(model, spec)
+    spec, measured = calibrated(model, spec, matched, data, loss)
     if example_inputs is None:
-        attach(model, spec, name, matched)
+        attach(model, spec, name, matched, measured=measured)
         return model
     before = (dict(state_of(model).active), state_of(model).training) if has_state(model) else ({}, ())
-    attach(model, spec, name, matched, quantize_base=False)
+    attach(model, spec, name, matched, quantize_base=False, measured=measured)
     try:
         prove(model, name, example_inputs)
     except BaseException:
@@ -52,7 +66,7 @@ def apply(model: nn.Module, spec: Spec, *, name: str = "default", example_inputs
         raise
     if recipe(spec.method).quantizes_base:
         detach(model, state_of(model), name, matched.hit, *before)
-        attach(model, spec, name, matched)
+        attach(model, spec, name, matched, measured=measured)
         state_of(model).dead = ()
     return model
 

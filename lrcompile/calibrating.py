@@ -1,0 +1,38 @@
+"""What a method measures on the user's data before it starts: gradients or inputs at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lrcompile.errors import SpecError
+from lrcompile.matching import Matched
+from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
+from lrcompile.specs import Spec
+
+Loss = Callable[[Any, Any], Any]
+
+
+def calibrated(
+    model: nn.Module, spec: Spec, matched: Matched, data: Iterable[Any] | None, loss: Loss | None
+) -> tuple[Spec, Mapping[str, Any]]:
+    """What the recipe's calibration found, by site name, and the spec with what it decided (ranks, say).
+
+    Raises `SpecError` where the method needs data and has none, or takes none and was given some.
+    """
+    method = recipe(spec.method)
+    if method.calibration is None:
+        if data is not None or loss is not None:
+            raise SpecError(f"{spec.method} starts without data: leave out data= and loss=", field="data")
+        return spec, {}
+    if data is None:
+        raise SpecError(
+            f"{spec.method} measures on your data how its factors start: apply(model, spec, data=batches, loss=fn), a"
+            " batch being a dict (model(**batch)) or a tuple (model(*batch)), and loss(output, batch) by default"
+            " output.loss",
+            field="data",
+        )
+    return part(method.calibration)(model, spec, matched.hit).run(data, loss)
