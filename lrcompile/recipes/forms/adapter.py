@@ -120,6 +120,13 @@ class Adapter(nn.Module):
         """b' − b when folded; None where the bias stays."""
         return None
 
+    def refresh(self) -> None:
+        """Bring Python state in line with the tensors, which a load has just written."""
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        self.refresh()
+
     @property
     def variant(self) -> Hashable:
         """Python state that decides which operations the forward emits: a trace is valid for one value of it."""
