@@ -18,6 +18,7 @@ _BUILT_IN = {
     "lora": "lrcompile.recipes.lora",
     "qlora": "lrcompile.recipes.qlora",
     "rslora": "lrcompile.recipes.rslora",
+    "vera": "lrcompile.recipes.vera",
 }
 
 
