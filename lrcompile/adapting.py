@@ -20,6 +20,7 @@ from lrcompile.state import has_state, require_name, require_settled, state_of
 from lrcompile.switching import activate as activate
 from lrcompile.switching import disabled as disabled
 from lrcompile.wrapping import refuse_wrapped
+from lrcompile.written import refuse_written, removal_notes
 
 
 def apply(
@@ -71,19 +72,24 @@ def apply(
     return model
 
 
-def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+def remove(model: nn.Module, name: str | None = None, *, keep_trained_weights: bool = False) -> nn.Module:
     """Take out one adapter, or all of them: weights, classes and `requires_grad` are then what they were before
     `apply`.
 
-    A merged model is unmerged first. Raises `AdapterError` for a name that is not there.
+    A merged model is unmerged first. Raises `AdapterError` for a name that is not there, and for an adapter whose
+    training has written base weights (`plora` after an unload, `galore` after a step): with `keep_trained_weights` it
+    goes and they stay as they were written.
     """
     state = state_of(model)
     require_settled(state, "remove")
     names = list(state.specs) if name is None else [name]
     for each in names:
         require_name(state, each)
+    if not keep_trained_weights:
+        refuse_written(model, names, "restore what the model was before apply")
     if state.merged:
         unmerge(model)
+    state.notes += removal_notes(model, names)
     for each in names:
         active = {other: weight for other, weight in state.active.items() if other != each}
         training = tuple(other for other in state.training if other != each)

@@ -26,6 +26,7 @@ from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State, all_sites, has_state, require_settled, set_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
+from lrcompile.written import expect_writes
 
 
 def attach(
@@ -151,6 +152,8 @@ def _build(model: nn.Module, spec: Spec, hit: Sequence[Site], measured: Mapping[
     built = []
     for site, (dtype, device) in zip(hit, placed, strict=True):
         adapter = form.build(spec, site, shared, dtype=dtype, device=device)
+        if method.writes_base:
+            expect_writes(adapter, device)
         start = Start(
             site,
             spec,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lrcompile import sites
+from lrcompile import sites, written
 from lrcompile.errors import require
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 from lrcompile.tables import render
@@ -126,7 +126,7 @@ def report(model: nn.Module) -> Report:
         total=added + sum(_numbers(name, t) for name, t in _named_base(model)),
         trainable_bytes=sum(p.numel() * p.element_size() for p in training),
         base_bytes=sum(t.numel() * t.element_size() for t in base),
-        notes=tuple(state.notes),
+        notes=(*state.notes, *written.notes_of(model)),
     )
 
 

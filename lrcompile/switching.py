@@ -14,6 +14,7 @@ from lrcompile.recipes import recipe
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
+from lrcompile.written import refuse_written
 
 
 def activate(
@@ -54,7 +55,18 @@ def activate(
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes the base's values, to the bit; also while merged."""
+    """Within the block the model computes the base's values, to the bit; also while merged.
+
+    Raises `AdapterError` if training has written the base itself (`plora` after an unload, `galore` after a step).
+    """
+    refuse_written(model, state_of(model).specs, "compute the base's values")
+    with switched_off(model):
+        yield model
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[nn.Module]:
+    """As `disabled`, but on what the base holds now, whoever wrote it."""
     state = state_of(model)
     sets = [adapter_set(model, site) for site in all_sites(state)]
     before = [adapters.active for adapters in sets]

@@ -131,10 +131,10 @@ def _base_copy(reference: nn.Module, base: nn.Module | None) -> nn.Module | None
         return float64_copy(base)
     if "_lrcompile" not in reference.__dict__:
         return None
-    import lrcompile
+    from lrcompile.switching import switched_off
 
     # Copied inside the context, so that a merged reference is copied with the base's bits in place.
-    with lrcompile.disabled(reference):
+    with switched_off(reference):
         return float64_copy(reference)
 
 

@@ -29,9 +29,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """`base/…`: the model without its adapters; `adapter/…`: what differs with them."""
     if "_lrcompile" not in model.__dict__:
         return {f"base/{key}": value for key, value in model.state_dict().items()}
-    import lrcompile
+    from lrcompile.switching import switched_off
 
-    with lrcompile.disabled(model):
+    with switched_off(model):
         base = {key: value.clone() for key, value in model.state_dict().items() if _ADAPTERS not in key}
     full = model.state_dict()
     own = {key: value for key, value in full.items() if key not in base or not _same(value, base[key])}
