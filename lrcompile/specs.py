@@ -91,6 +91,8 @@ class Spec:
             if self.seed >= 2**63:
                 raise SpecError(f"seed must be below 2**63, got {self.seed}", field="seed")
         put("options", self._checked_options(method.options))
+        if method.check is not None:
+            method.check(self)
 
     def _checked_options(self, known: Mapping[str, Any]) -> dict[str, Any]:
         for name in self.options:

@@ -1,7 +1,29 @@
 """AdaLoRA (arXiv 2303.10512): a factored SVD whose triplets compete for a shrinking budget."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from lrcompile.errors import SpecError
 from lrcompile.recipes.recipe import REQUIRED, Recipe, integer, number
 from lrcompile.recipes.scales import initial_rank
+
+
+def budgets(spec: Any) -> None:
+    """The budget can only shrink, and needs at least one step between warm-up and final phase to do so."""
+    if spec.target_rank > spec.rank:
+        raise SpecError(
+            f"target_rank={spec.target_rank} is above rank={spec.rank}, the rank training starts with; the budget only"
+            " shrinks: lower target_rank or raise rank",
+            field="target_rank",
+        )
+    if spec.tinit + spec.tfinal >= spec.total_steps:
+        raise SpecError(
+            f"total_steps={spec.total_steps} leaves no step between tinit={spec.tinit} and the last"
+            f" tfinal={spec.tfinal}; they must sum to less than total_steps",
+            field="total_steps",
+        )
+
 
 RECIPE = Recipe(
     name="adalora",
@@ -22,6 +44,7 @@ RECIPE = Recipe(
         "beta2": number(0.85, "a number in (0, 1)", lambda v: 0 < v < 1),
         "orth_weight": number(0.1, "a number of at least 0", lambda v: v >= 0),
     },
+    check=budgets,
     lacks={"scaling": "s is alpha over the initial rank", "init": "its factors are small Gaussians, E is 0"},
     peft="ADALORA",
 )

@@ -64,6 +64,8 @@ class Recipe:
     """Of common fields, where they differ from a `Spec`'s own."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Common fields the method has not, each with the reason."""
+    check: Callable[[Any], None] | None = None
+    """`(spec)` raises `SpecError` where fields that are valid each do not go together."""
     any_rank: bool = False
     """Ranks above min(in, out) make sense."""
     quantizes_base: bool = False
