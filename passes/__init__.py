@@ -27,8 +27,10 @@ _BUILT_IN = {
     "drop-zero-adapters": "drop_zero_adapters:DropZeroAdapters",
     "expand-lora": "expand_lora:ExpandLora",
     "expand-nf4": "expand_nf4:ExpandNf4",
+    "fold-factors": "fold_factors:FoldFactors",
     "fold-scale": "fold_scale:FoldScale",
     "merge-lora": "merge_lora:MergeLora",
+    "prune-ranks": "prune_ranks:PruneRanks",
     "quantize-nf4": "quantize_nf4:QuantizeNf4",
 }
 

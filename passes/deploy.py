@@ -9,9 +9,11 @@ from lrcompile.passes.dequantize_nf4 import DequantizeNf4
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_lora import ExpandLora
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.fold_factors import FoldFactors
 from lrcompile.passes.fold_scale import FoldScale
 from lrcompile.passes.merge_lora import MergeLora
 from lrcompile.passes.pipeline import Pipeline
+from lrcompile.passes.prune_ranks import PruneRanks
 from lrcompile.passes.quantize_nf4 import QuantizeNf4
 
 
@@ -26,6 +28,8 @@ def deploy(
         (
             # 1. adapters
             DropZeroAdapters(),
+            FoldFactors(),
+            PruneRanks(),
             *((DequantizeNf4(into),) if into is not None else none),
             *((MergeLora(),) if adapters == "merge" else none),
             FoldScale(),

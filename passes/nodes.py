@@ -36,13 +36,27 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:
     """The site an adapter node belongs to: where its factors live, or else the name of the node."""
-    factors = node.args[2]
-    while isinstance(factors, fx.Node) and factors.op == "call_function":
-        factors = factors.args[0]
-    name = tensors.target(factors) or node.name
+    name = _module_of(node) or adapter_target(node.args[3], tensors) or node.name
     host, mark, rest = name.partition("lrcompile_adapters.")
     slot = rest.split(".")[0]
     return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else name.removesuffix(".A")
+
+
+def _module_of(node: fx.Node) -> str | None:
+    """The adapter whose forward made this node: sites may share factors, never that."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((path for path, _ in reversed(list(stack.values())) if "lrcompile_adapters." in path), None)
+    return None if path is None else f"{path}.A"
+
+
+def adapter_target(factor: Any, tensors: Tensors) -> str | None:
+    """The name of a held tensor that a factor is, or is computed from: one of the adapter's own, if there is any."""
+    if not isinstance(factor, fx.Node):
+        return None
+    if factor.op != "call_function":
+        return tensors.target(factor)
+    found = [name for each in factor.all_input_nodes if (name := adapter_target(each, tensors)) is not None]
+    return next((name for name in found if "lrcompile_adapters." in name), found[0] if found else None)
 
 
 def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:

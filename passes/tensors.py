@@ -95,10 +95,11 @@ class Tensors:
             return self.get(node)
         if node.op != "call_function":
             return None
-        args = [self.value(each) for each in node.args]
-        if any(value is None and each is not None for value, each in zip(args, node.args, strict=True)):
+        inputs = {each: self.value(each) for each in node.all_input_nodes}
+        if any(value is None for value in inputs.values()):
             return None
-        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+        args, kwargs = (fx.node.map_arg(each, inputs.__getitem__) for each in (node.args, node.kwargs))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
         """A new tensor `name` (`name_2`, … if taken) of the program, its placeholder in front of the placeholder

@@ -53,7 +53,8 @@ class VeraAdapter(LowRank):
         self.lambda_b.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = (each.to(self.lambda_b.device) for each in (self.A, self.B))
+        here = self.lambda_b.device
+        A, B = (each if each.device == here else each.to(here) for each in (self.A, self.B))
         A = A[:, : self.in_features]
         if self.lambda_b.dim() > 1:
             A = A.expand(self.lambda_b.shape[0], -1, -1)
