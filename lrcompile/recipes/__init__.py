@@ -15,8 +15,16 @@ from lrcompile.recipes.recipe import Option as Option
 from lrcompile.recipes.recipe import Recipe as Recipe
 
 _BUILT_IN = {
+    "loftq": "lrcompile.recipes.loftq",
+    "delta-lora": "lrcompile.recipes.delta_lora",
     "lora": "lrcompile.recipes.lora",
+    "lora-xs": "lrcompile.recipes.lora_xs",
+    "milora": "lrcompile.recipes.milora",
+    "olora": "lrcompile.recipes.olora",
+    "pissa": "lrcompile.recipes.pissa",
+    "plora": "lrcompile.recipes.plora",
     "qlora": "lrcompile.recipes.qlora",
+    "qpissa": "lrcompile.recipes.qpissa",
     "rslora": "lrcompile.recipes.rslora",
     "vera": "lrcompile.recipes.vera",
 }

@@ -1,6 +1,6 @@
 """PiSSA (arXiv 2404.02948): LoRA that starts from the principal singular triplets of W."""
 
-from lrcompile.recipes.recipe import Option, Recipe, choice
+from lrcompile.recipes.recipe import Recipe, choice, integer_or_none
 
 RECIPE = Recipe(
     name="pissa",
@@ -9,11 +9,7 @@ RECIPE = Recipe(
     form="lrcompile.recipes.forms.offset:OffsetAdapter",
     init="lrcompile.recipes.initialisers.svd:pissa",
     options={
-        "niter": Option(
-            16,
-            lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
-            "an integer of at least 0, or None for an exact SVD",
-        ),
+        "niter": integer_or_none(16, 0, "an exact SVD"),
         "residual": choice("keep", "keep", "fold"),
     },
     lacks={

@@ -1,6 +1,6 @@
 """QPiSSA (arXiv 2404.02948): PiSSA whose residual is held in NF4, factors and codes found by alternation."""
 
-from lrcompile.recipes.recipe import BLOCK_SIZES, COMPUTE_DTYPES, Option, Recipe, choice, integer
+from lrcompile.recipes.recipe import BLOCK_SIZES, COMPUTE_DTYPES, Recipe, choice, integer, integer_or_none
 
 RECIPE = Recipe(
     name="qpissa",
@@ -9,11 +9,7 @@ RECIPE = Recipe(
     init="lrcompile.recipes.initialisers.alternating:qpissa",
     options={
         "iterations": integer(5, 1),
-        "niter": Option(
-            16,
-            lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
-            "an integer of at least 0, or None for an exact SVD",
-        ),
+        "niter": integer_or_none(16, 0, "an exact SVD"),
         "block_size": choice(64, *BLOCK_SIZES),
         "double_quant": choice(True, True, False),
         "compute_dtype": choice("bfloat16", *COMPUTE_DTYPES),

@@ -94,6 +94,15 @@ def integer(default: Any, least: int) -> Option:
     )
 
 
+def integer_or_none(default: Any, least: int, none: str) -> Option:
+    """`none`: what leaving it out means."""
+    return Option(
+        default,
+        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= least),
+        f"an integer of at least {least}, or None for {none}",
+    )
+
+
 def number(default: Any, expected: str, valid: Callable[[float], bool]) -> Option:
     """A finite number for which `valid` holds."""
     return Option(
