@@ -26,13 +26,18 @@ class Matched:
     notes: tuple[str, ...]
 
 
-def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Matched:
-    """The sites of `model` that `spec` adapts.
+def match(
+    model: nn.Module, spec: Spec, *, allow_high_rank: bool = False, known_codes: frozenset[str] = frozenset()
+) -> Matched:
+    """The sites of `model` that `spec` adapts. `known_codes`: sites whose NF4 codes the method may have, whatever it
+    would need to start there, because an adapter of it was made beside them.
 
     Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a
     rank above min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
     """
-    found = [_considered(model, spec, site) for site in sites.find(model)]
+    found = [_considered(model, spec, site, site.name in known_codes) for site in sites.find(model)]
+    if recipe(spec.method).writes_base:
+        found = _refuse_shared(model, spec, found)
     if spec.targets == targeting.ALL_LINEAR:
         hit, spared = _all_linear(model, spec, found)
     else:
@@ -58,13 +63,25 @@ def match(model: nn.Module, spec: Spec, *, allow_high_rank: bool = False) -> Mat
     return Matched(tuple(hit), tuple(spared), trained, tuple(_tie_notes(model, hit)))
 
 
-def _considered(model: nn.Module, spec: Spec, site: Site) -> Site:
+def _considered(model: nn.Module, spec: Spec, site: Site, known_codes: bool) -> Site:
     """The site, refused where the method's form or its demands on the base do not go with it."""
     method = recipe(spec.method)
     reason = site.refusal or (part(method.form).refusal(site) if method.form is not None else None)
-    if reason is None and method.nf4 is not None and is_nf4(model.get_submodule(site.host)):
+    if reason is None and method.nf4 is not None and not known_codes and is_nf4(model.get_submodule(site.host)):
         reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
     return site if reason == site.refusal else replace(site, refusal=reason)
+
+
+def _refuse_shared(model: nn.Module, spec: Spec, found: Sequence[Site]) -> list[Site]:
+    """A weight that another module holds too would change there as well when the method writes it."""
+    out = []
+    owners = owners_of_parameters(model)
+    for site in found:
+        weight = model.get_submodule(site.host)._parameters.get(site.slot)
+        others = [name for name in owners.get(id(weight), ()) if name != site.parameter]
+        reason = f"{spec.method} writes its weight, which is one with {', '.join(others)} and would change there too"
+        out.append(replace(site, refusal=reason) if others and site.refusal is None else site)
+    return out
 
 
 def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:

@@ -6,7 +6,7 @@ RECIPE = Recipe(
     name="plora",
     summary="LoRA; every period steps W ← W + m·sBA, B ← (1 − m)·B, optimizer and schedule from the start",
     paper="2402.16141",
-    rules=("lrcompile.optim.plora:Unload",),
+    rules=("lrcompile.optim.stages:Stages", "lrcompile.optim.plora:Unload"),
     options={
         "period": integer(REQUIRED, 1),
         "momentum": number(
