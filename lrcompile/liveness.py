@@ -1,12 +1,16 @@
-"""Which tensors of an adapter no gradient reaches: looked at once, before the first optimizer step."""
+"""Which tensors of an adapter no gradient reaches, or none that is a number: looked at once, before the first optimizer
+step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
-from lrcompile.errors import TargetError
+from lrcompile.errors import AdapterError, TargetError
 from lrcompile.state import adapter_tensors, state_of
 
 PATIENCE = 100
@@ -17,14 +21,17 @@ def watcher(model: nn.Module) -> Callable[[], None]:
     """What to call before each optimizer step: it looks before the first; with layer drop, until every tensor was seen
     or patience ends.
     """
-    left = PATIENCE if drops_layers(model) else 1
+    patience = left = PATIENCE if drops_layers(model) else 1
 
     def look() -> None:
         nonlocal left
         if left <= 0:
             return
-        left -= 1
         state = state_of(model)
+        if left == patience and (broken := _not_finite(model)):
+            state.dead = None
+            raise AdapterError(_broken_message(model, broken))
+        left -= 1
         seen = set() if state.dead is None else set(live_names(model)) - set(state.dead)
         state.dead = tuple(name for name in dead_names(model) if name not in seen)
         if not state.dead:
@@ -53,6 +60,31 @@ def dead_message(names: Sequence[str]) -> str:
         " modules on this path (read by a"
         " parent, computed, under no_grad, or not at all). Exclude these sites, or fix the path."
     )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """What trains and has a gradient that is infinite or not a number."""
+    return [name for name, tensor in _with_gradient(model) if not bool(torch.isfinite(tensor.grad).all())]
+
+
+def _with_gradient(model: nn.Module) -> list[tuple[str, Any]]:
+    return [pair for pair in model.named_parameters() if pair[1].requires_grad and pair[1].grad is not None]
+
+
+def _broken_message(model: nn.Module, broken: Sequence[str]) -> str:
+    """All gradients are broken when the loss is; only some when the backward pass broke, at the last of them."""
+    every = len(_with_gradient(model))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    listed = [*broken[:4], *(["…"] if len(broken) > 5 else []), *broken[4:][-1:]]
+    if weights:
+        reason = f"These tensors of the model hold values that are not finite: {', '.join(weights[:5])}."
+    elif len(broken) == every:
+        reason = "All of them are, so the loss was: look at the batch, its labels, and the model's dtype."
+    else:
+        reason = "The others are finite, so the backward pass broke there: look at what follows the last of them."
+    count = f"in {len(broken)} of {every} tensors that train"
+    return "\n".join([f"the gradient is not finite at the first step, {count}:", *(f"  {n}" for n in listed), reason])
 
 
 def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

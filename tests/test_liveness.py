@@ -114,3 +114,49 @@ def test_only_what_trains_is_looked_at():
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01)
     model(torch.randn(3, 5)).sum().backward()
     optimizer.step()
+
+
+def refused_first_step(model: Any, *, loss_factor: float = 1.0) -> str:
+    lrcompile.apply(model, lrcompile.spec("lora", rank=2, targets=["a", "layers.0", "layers.1", "layers.2"]))
+    optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.01)
+    (model(torch.randn(3, 5)).square().sum() * loss_factor).backward()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(lrcompile.AdapterError, match="not finite at the first step") as caught:
+        optimizer.step()
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_first_step_and_names_sites():
+    message = refused_first_step(Model(), loss_factor=float("nan"))
+    assert "8 of 8 tensors" in message
+    assert "a.lrcompile_adapters.weight.default.A" in message
+    assert "the loss was" in message
+
+
+def test_a_weight_that_is_not_a_number_is_named():
+    model = Model()
+    model.layers.get_submodule("1").get_parameter("weight").data[0, 0] = float("nan")
+    assert "hold values that are not finite: layers.1.weight" in refused_first_step(model)
+
+
+def test_a_backward_pass_that_breaks_half_way_is_told_from_a_broken_loss():
+    class Broken(Model):
+        def forward(self, x):
+            x = self.layers[0](self.a(x))
+            x.register_hook(lambda grad: grad * float("inf"))
+            return self.layers[2](self.layers[1](x))
+
+    message = refused_first_step(Broken())
+    assert "of 8 tensors" in message
+    assert "layers.0.lrcompile_adapters.weight.default.B" in message
+    assert "layers.1" not in message
+    assert "The others are finite" in message
+
+
+def test_after_the_first_step_nobody_looks():
+    model: Any = Model()
+    optimizer = trained(model, ["a"])
+    for tensor in (p for p in model.parameters() if p.requires_grad):
+        tensor.grad = torch.full_like(tensor, float("nan"))
+    optimizer.step()

@@ -12,6 +12,7 @@ from torch import nn
 
 from lrcompile.errors import AdapterError
 from lrcompile.liveness import watcher
+from lrcompile.optim.identity import identity
 from lrcompile.optim.rule import Rule
 from lrcompile.optim.wiring import wire
 from lrcompile.recipes import recipe
@@ -28,7 +29,9 @@ def optimizer(
     accelerate).
 
     `model` may be wrapped by now (DistributedDataParallel, fully_shard, torch.compile). The first step raises
-    `TargetError` naming every adapter tensor no gradient reached. Raises `AdapterError` if nothing trains.
+    `TargetError` naming every adapter tensor no gradient reached, `AdapterError` naming those whose gradient is not
+    finite. Raises `AdapterError` if nothing trains; `load_state_dict` does for the state of another method, other ranks
+    or other sites.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"lrcompile.optimizer takes a model with an adapter, got {type(model).__name__}")
@@ -48,7 +51,7 @@ def optimizer(
         rule.check(cls)
         groups = rule.groups(groups, lr)
     made = cls(groups, lr=lr, **kw)
-    wire(made, rules, watcher(inner))
+    wire(made, rules, watcher(inner), identity(inner))
     return made
 
 

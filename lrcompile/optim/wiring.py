@@ -2,70 +2,130 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrcompile.errors import AdapterError
+from lrcompile.optim.identity import difference
 from lrcompile.optim.rule import Rule, Step
 
 STEPS = "lrcompile_steps"
 """Key of the number of completed steps in the first parameter group, where `state_dict` keeps it."""
+BELONGS = "lrcompile_belongs"
+"""Key of the `identity` of what is trained, in the same place."""
 
 
-def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callable[[], None]) -> None:
+def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callable[[], None], identity: str) -> None:
     """Let every step of `optimizer` be `check`, the rules' `before_step`, its own step, the rules' `after_step`.
 
     A step that a gradient scaler skips, inside the optimizer or before it, is none. A closure runs before the rules
-    do, once.
+    do, once. A loaded state must have been saved with the same `identity`: `AdapterError` names the difference.
     """
-    first = optimizer.param_groups[0]
-    first[STEPS] = 0
+    wiring = _Wiring(optimizer, rules, check, identity)
+    optimizer.param_groups[0].update({STEPS: 0, BELONGS: identity})
+    optimizer.register_step_pre_hook(wiring.before)
+    optimizer.register_step_post_hook(wiring.after)
+    optimizer.register_load_state_dict_pre_hook(wiring.loading)
+    optimizer.register_load_state_dict_post_hook(wiring.loaded)
+    wiring.start()
 
-    def completed() -> int:
-        return int(optimizer.param_groups[0].get(STEPS, 0))
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+class _Wiring:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callable[[], None], identity: str
+    ):
+        self.optimizer, self.rules, self.check, self.identity = optimizer, rules, check, identity
+        self.seen: dict[str, Any] | None = None
+        """The first group as the rules last started with it: a load exchanges it."""
+        self.outer: FrameType | None = None
+        """Of the step that is being taken."""
+
+    @property
+    def completed(self) -> int:
+        return int(self.optimizer.param_groups[0][STEPS])
+
+    def before(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.outer is not None and _running(self.outer):
+            return None  # a `step` that calls its parent's, which torch hooks as well
+        self.outer = sys._getframe(1)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
-            begin()
+            self.begin()
             return None
-        if not rules:
-            replaced = _then(closure, check)
-        elif isinstance(optimizer, torch.optim.LBFGS):
+        if not self.rules:
+            replaced = _then(closure, self.check)
+        elif isinstance(self.optimizer, torch.optim.LBFGS):
             raise AdapterError("LBFGS evaluates its closure many times a step, and this method acts once a step")
         else:
             with torch.enable_grad():
                 loss = closure()
-            begin()
+            self.begin()
             replaced = lambda: loss  # noqa: E731
         return ((args[0], replaced, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": replaced})
 
-    def begin() -> None:
-        if not _skipped(optimizer):
-            check()
-            with torch.no_grad(), _unscaled(optimizer):
-                for rule in rules:
-                    rule.before_step(Step(optimizer, completed() + 1))
+    def begin(self) -> None:
+        if self.optimizer.param_groups[0] is not self.seen:  # bitsandbytes loads without calling hooks
+            self.start()
+        if not _skipped(self.optimizer):
+            self.check()
+            with torch.no_grad(), _unscaled(self.optimizer):
+                for rule in self.rules:
+                    rule.before_step(Step(self.optimizer, self.completed + 1))
 
-    def after(*_: Any) -> None:
-        if _skipped(optimizer):
+    def after(self, *_: Any) -> None:
+        if self.outer is not sys._getframe(1):
             return
-        optimizer.param_groups[0][STEPS] = completed() + 1
-        with torch.no_grad(), _unscaled(optimizer):
-            for rule in rules:
-                rule.after_step(Step(optimizer, completed()))
+        self.outer = None
+        if _skipped(self.optimizer):
+            return
+        self.optimizer.param_groups[0][STEPS] = self.completed + 1
+        with torch.no_grad(), _unscaled(self.optimizer):
+            for rule in self.rules:
+                rule.after_step(Step(self.optimizer, self.completed))
 
-    def started(_: Any) -> None:
-        for rule in rules:
-            rule.started(Step(optimizer, completed() + 1))
+    def loading(self, _: Any, state_dict: dict[str, Any]) -> None:
+        self.require_ours(state_dict["param_groups"][0])
 
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-    optimizer.register_load_state_dict_post_hook(started)
-    started(optimizer)
+    def loaded(self, _: Any) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Let the rules take up from the steps that the optimizer's state counts."""
+        first = self.optimizer.param_groups[0]
+        self.require_ours(first)
+        first.setdefault(STEPS, 0)
+        first[BELONGS] = self.identity
+        self.seen = first
+        for rule in self.rules:
+            rule.started(Step(self.optimizer, self.completed + 1))
+
+    def require_ours(self, group: dict[str, Any]) -> None:
+        if self.rules and STEPS not in group:
+            raise AdapterError(
+                "this optimizer state does not say how many steps it has seen, which the method goes by; load one that"
+                " an optimizer of lrcompile.optimizer saved"
+            )
+        differs = difference(group.get(BELONGS, self.identity), self.identity)
+        if differs is not None:
+            raise AdapterError(
+                f"this optimizer state belongs to another adapter: {differs}; apply the spec it was saved with, or"
+                " start without it"
+            )
+
+
+def _running(frame: FrameType) -> bool:
+    """Is this call still going on? (A step that raised has left its frame behind.)"""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is frame
 
 
 def _then(closure: Callable[[], Any], check: Callable[[], None]) -> Callable[[], Any]:
