@@ -15,6 +15,7 @@ from lrcompile.recipes.recipe import Option as Option
 from lrcompile.recipes.recipe import Recipe as Recipe
 
 _BUILT_IN = {
+    "galore": "lrcompile.recipes.galore",
     "loftq": "lrcompile.recipes.loftq",
     "delta-lora": "lrcompile.recipes.delta_lora",
     "lora": "lrcompile.recipes.lora",

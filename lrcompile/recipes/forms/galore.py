@@ -1,0 +1,138 @@
+"""GaLore's site: a factor that is always zero, so that its gradient is the projection of the weight's."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lrcompile.dialect.galore import project
+from lrcompile.recipes.forms.adapter import Adapter, Start
+from lrcompile.recipes.range_finder import leading_directions
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+
+
+class ProjectedGradient(Adapter):
+    """W' = W + lift(Z) with Z = 0, so ∂Z is G = ∂W projected  (arXiv 2403.03507); G `[out, in]` is never formed.
+
+    out ≥ in: P `[rank, in]` on the right, Z `[out, rank]`, ∂Z = G·Pᵀ, lift(Z) = Z·P. out < in: P `[out, rank]` on the
+    left, Z `[rank, in]`, ∂Z = Pᵀ·G, lift(Z) = P·Z. P is orthonormal, the leading singular directions of a gradient;
+    where it is due, the next backward pass through the site finds it anew before it projects. Of a site that is called
+    several times in one forward, the call that is differentiated first decides. Forward and the gradient of x cost
+    nothing, W needs no gradient, and nothing is emitted where no gradient is recorded or a graph is exported.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"product"})
+    Z: Tensor
+    P: Tensor
+    found: Tensor
+    """The step P was due at when it was found, -1 before; part of the state, as `P` is."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, **kw: Any):
+        super().__init__(in_features, out_features, rank, scale, **kw)
+        self.right = out_features >= in_features
+        self.seed = 0
+        self.due, self.anew = -1, False
+        """The step by which P was to be found (-1: no optimizer drives this); `anew`: in this very run."""
+        self.renewing, self.renewed = False, False
+        """Whether this step finds P anew, and has by now. The first decides what forwards record, so it holds for a
+        whole step: a checkpointed forward and its repetition have to record the same."""
+        self.register_buffer("found", torch.full((), -1, dtype=torch.int64, device=self.Z.device))
+        self.found_at = -1
+        """Mirrors `found`, which cannot be read without waiting for the device."""
+
+    @classmethod
+    def shapes(cls, in_features: int, out_features: int, rank: int) -> Mapping[str, tuple[int, ...]]:
+        if out_features >= in_features:
+            return {"Z": (out_features, rank), "P": (rank, in_features)}
+        return {"Z": (rank, in_features), "P": (out_features, rank)}
+
+    @classmethod
+    def build(cls, spec: Spec, site: Site, shared: Any, **storage: Any) -> Adapter:
+        adapter = super().build(spec, site, shared, **storage)
+        assert isinstance(adapter, cls)
+        adapter.seed = (spec.seed or 0) ^ zlib.crc32(site.name.encode())
+        return adapter
+
+    def begin(self, start: Start) -> None:
+        """Z = 0 and P the first coordinates: orthonormal, in case a first gradient has no directions to offer."""
+        self.Z.zero_()
+        nn.init.eye_(self.P)
+
+    def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
+        if not (torch.is_grad_enabled() and self.Z.requires_grad) or torch.compiler.is_exporting():
+            return y
+        if self.renewing:
+            return self._renewing_forward(y, x)
+        return torch.ops.lrcompile.project_gradient.default(y, x, self.Z, self.P, self.right)
+
+    @torch.compiler.disable
+    def _renewing_forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return _Renewal.apply(y, x, self.Z, self)
+
+    def change(self, weight: Tensor, base: Tensor) -> Tensor:
+        """Zero: the weight holds every step already."""
+        return torch.zeros_like(weight)
+
+    def lift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two factors of lift(Z) `[out, in]`, in order."""
+        Z, P = self.Z.detach().to(dtype), self.basis(dtype)
+        return (Z, P) if self.right else (P, Z)
+
+    def basis(self, dtype: torch.dtype) -> Tensor:
+        return self.P.detach().to(dtype)
+
+    def schedule(self, due: int, *, anew: bool = False) -> None:
+        """A step begins, by which P was to be found at step `due`; `anew`: whatever P there is, it is another run's."""
+        self.due, self.anew, self.renewed = due, anew, False
+        self._decide()
+
+    def refresh(self) -> None:
+        if not self.found.is_meta:
+            self.found_at = int(self.found)
+            self._decide()
+
+    def _decide(self) -> None:
+        self.renewing = self.due >= 0 and (self.anew or self.found_at != self.due)
+
+    @property
+    def variant(self) -> Hashable:
+        return self.renewing
+
+    def renew(self, dy: Tensor, x: Tensor) -> None:
+        """P from G = ∂yᵀx, once a step; a G that is zero or not finite leaves it as it is, and due."""
+        if self.renewed or self.due < 0:
+            return
+        a, b = (dy, x) if self.right else (x, dy)
+        directions = leading_directions(a, b, self.rank, seed=self.seed + self.due)
+        if directions is not None:
+            self.store(directions)
+            self.found.fill_(self.due)
+            self.found_at, self.renewed = self.due, True
+
+    def store(self, directions: Tensor) -> None:
+        """Take rows `[rank, min(in, out)]` as the basis."""
+        self.P.copy_(directions if self.right else directions.t())
+
+
+class _Renewal(torch.autograd.Function):
+    """As the dialect's op, but for the step that P is due in, whose backward pass first finds it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, Z: Tensor, adapter: ProjectedGradient) -> Tensor:
+        ctx.adapter = adapter
+        ctx.save_for_backward(x)
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        adapter: ProjectedGradient = ctx.adapter
+        adapter.renew(dy, x)
+        return dy, None, project(dy, x, adapter.basis(dy.dtype), adapter.right).to(adapter.Z.dtype), None
