@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lrcompile.checkpointing import files as adapter_files
-from lrcompile.checkpointing.base_print import print_of
-from lrcompile.checkpointing.files import FILES, as_adapter_error, finite, opened
+from lrcompile.checkpointing import own_layout, peft_layout
+from lrcompile.checkpointing.files import FILES, Content, as_adapter_error, finite, opened
 from lrcompile.checkpointing.filling import attach_filled
-from lrcompile.checkpointing.plans import check, factors_of, planned, refuse_other_base_values
+from lrcompile.checkpointing.origin import origin_of
+from lrcompile.checkpointing.plans import check, refuse_other_base_values, values_at
 from lrcompile.errors import AdapterError, SpecError
-from lrcompile.interop.peft_config import spec_to_peft
-from lrcompile.interop.peft_fitting import by_parameter
-from lrcompile.interop.peft_keys import base_key, pack, pairs
-from lrcompile.interop.peft_matching import targets_for
-from lrcompile.specs import Spec
-from lrcompile.state import State, adapter_set, has_state, require_name, state_of
+from lrcompile.state import State, has_state, require_name, state_of
 from lrcompile.wrapping import refuse_wrapped
 from lrcompile.writing import atomic_folder
 
@@ -43,14 +40,15 @@ def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None)
     folders = _folders(state, name)
     _refuse_working_folder(dir)
     contents = {folder: _content(model, state, each) for folder, each in folders.items()}
+    bases = {folder: origin_of(model, state, each) for folder, each in folders.items()}
     replaced = FILES if "" in folders else frozenset()
     with atomic_folder(dir, keep=lambda entry: entry not in replaced, error=AdapterError) as temporary:
-        for folder, (config, spec, base, tensors) in contents.items():
+        for folder, content in contents.items():
             inner, old = temporary / folder, Path(dir) / folder
             if folder and old.is_dir():
                 shutil.copytree(old, inner, symlinks=True, ignore=lambda _, names: FILES.intersection(names))
             inner.mkdir(exist_ok=True)
-            adapter_files.write(inner, config, spec, base, tensors)
+            adapter_files.write(inner, content, state.specs[folders[folder]], bases[folder])
     return Path(dir)
 
 
@@ -81,18 +79,15 @@ def load(
     folder = Path(dir)
     with opened(folder) as checkpoint:
         try:
-            plan = planned(model, state, checkpoint)
+            plan = (own_layout if checkpoint.own else peft_layout).planned(model, state, checkpoint)
             check(model, plan, checkpoint)
         except SpecError as error:
             raise as_adapter_error(error, folder) from error
         tensors = checkpoint.tensors.tensors()
-    factors = {pair.unit.site.name: factors_of(model, pair, tensors) for pair in plan.pairs}
+    values = {place.unit.site.name: values_at(model, place, tensors) for place in plan.places}
     refuse_other_base_values(model, state, plan, tensors, folder)
-    attach_filled(model, plan, name, factors, tensors, trainable)
+    attach_filled(model, plan, name, values, tensors, trainable)
     return model
-
-
-Content = tuple[dict, Spec, dict, dict[str, Tensor]]
 
 
 def _folders(state: State, name: str | None) -> dict[str, str]:
@@ -114,22 +109,12 @@ def _refuse_working_folder(dir: str | os.PathLike[str]) -> None:
 
 
 def _content(model: nn.Module, state: State, name: str) -> Content:
-    spec, sites = state.specs[name], state.sites[name]
-    where = getattr(model, "name_or_path", None) or None
-    config = spec_to_peft(spec, **targets_for(model, spec, sites), base_model_name_or_path=where)
-    # a setting that is not there is one that older readers need not know
-    config = {key: value for key, value in config.items() if value is not None}
-    adapted = by_parameter(config, sites)
-    tensors = {}
-    for pair in pairs(model, adapted):
-        adapter = adapter_set(model, pair.unit.site)[name]
-        tensors[pair.A], tensors[pair.B] = pack(model, pair.unit, adapter.A.detach(), adapter.B.detach())
-    for parameter in state.trained.names_of(name):
-        tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
-    _refuse_absent(tensors)
-    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    layout = peft_layout if peft_layout.fits(model, state, name) else own_layout
+    content = layout.content(model, state, name)
+    _refuse_absent(content.tensors)
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in content.tensors.items()}
     finite(tensors)
-    return config, spec, print_of(model, state, sites), tensors
+    return replace(content, tensors=tensors)
 
 
 def _refuse_absent(tensors: dict[str, Tensor]) -> None:

@@ -29,7 +29,8 @@ MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-ANY = FLOATS | INTEGERS | {"BOOL": torch.bool, "C64": torch.complex64}
+STATE = FLOATS | INTEGERS | {"BOOL": torch.bool}
+ANY = STATE | {"C64": torch.complex64}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class TensorFile:
             loaded = load(self._head + data)
         except SafetensorError as cause:
             raise self._error(f"{self.path} is not a valid safetensors file: {cause}") from cause
+        odd = [name for name, t in loaded.items() if t.dtype == torch.bool and bool((t.view(torch.uint8) > 1).any())]
+        if odd:
+            raise self._error(f"{self.path}: {listed(odd)} hold truth values that are neither 0 nor 1")
         broken = [name for name, tensor in loaded.items() if finite and not bool(torch.isfinite(tensor).all())]
         if broken:
             raise self._error(

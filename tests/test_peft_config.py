@@ -93,7 +93,6 @@ def test_initialisations_that_are_something_else_are_refused(init: Any):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
         ("trainable_token_indices", [1, 2]),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile.interop.peft_fitting import by_parameter
-from lrcompile.interop.peft_keys import base_key, base_name, pack, pairs
+from lrcompile.interop.peft_keys import base_key, base_name, pack, places
 from lrcompile.state import adapter_set, state_of
 from lrcompile.verifying.strictjson import read_object
 
@@ -200,9 +200,10 @@ def our_gradients(model: nn.Module, folder: Path) -> dict[str, Tensor | None]:
     state = state_of(model)
     units = by_parameter(read_object(folder / "adapter_config.json"), state.sites["default"])
     found: dict[str, Tensor | None] = {}
-    for pair in pairs(model, units):
-        adapter = adapter_set(model, pair.unit.site)["default"]
-        found[pair.A], found[pair.B] = pack(model, pair.unit, adapter.A.grad, adapter.B.grad)
+    for place in places(model, units):
+        adapter = adapter_set(model, place.unit.site)["default"]
+        packed = pack(model, place.unit, {"A": adapter.A.grad, "B": adapter.B.grad})
+        found |= {key: packed[tensor] for tensor, key in place.keys.items()}
     for parameter in state.trained.names_of("default"):
         found[base_key(units, parameter)] = model.get_parameter(parameter).grad
     return found

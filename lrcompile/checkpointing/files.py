@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lrcompile import __version__
 from lrcompile.errors import AdapterError, LrcompileError, SpecError, VerificationError
-from lrcompile.safe_tensors import TensorFile, open_tensors
+from lrcompile.safe_tensors import FLOATS, STATE, TensorFile, open_tensors
 from lrcompile.specs import Spec
 from lrcompile.verifying.strictjson import parse_object
 
@@ -34,8 +34,20 @@ CONFIG, WEIGHTS, PICKLED, OURS = (
 )
 FILES = frozenset((CONFIG, WEIGHTS, PICKLED, OURS))
 """What saving an adapter replaces; every other entry of its folder stays."""
+OWN = "LRCOMPILE"
+"""The `peft_type` of our own layout."""
 _SCHEMA = 1
 _MAX_JSON = 64 << 20
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a folder is to hold of one adapter."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    """By key of a shared tensor: the key it is written under."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,17 @@ class Checkpoint:
     """What the adapter was trained on, if that is recorded."""
     tensors: TensorFile
     notes: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> bool:
+        """Is this our own layout?"""
+        return self.config.get("peft_type") == OWN
 
 
-def write(
-    folder: Path, config: Mapping[str, Any], spec: Spec, base: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
+def write(folder: Path, content: Content, spec: Spec, base: Mapping[str, Any]) -> None:
     """Write the files of one adapter into `folder`, which exists and is not looked at by anybody yet."""
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode()
+    text = json.dumps(content.config, indent=2, sort_keys=True, allow_nan=False).encode()
     ours = {
         "schema": _SCHEMA,
         "version": __version__,
@@ -64,9 +80,11 @@ def write(
         "spec": spec.to_dict(),
         "base": base,
     }
+    if content.aliases:
+        ours["aliases"] = content.aliases
     (folder / CONFIG).write_bytes(text)
     (folder / OURS).write_text(json.dumps(ours, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(serialized(dict(tensors), metadata={"format": "pt"}))
+    (folder / WEIGHTS).write_bytes(serialized(dict(content.tensors), metadata={"format": "pt"}))
 
 
 @contextmanager
@@ -76,17 +94,18 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
     text = _read(folder / CONFIG)
     config = _parsed(text, folder / CONFIG)
     spec = base = None
+    aliases: dict[str, str] = {}
     notes = []
     if (folder / OURS).exists():
         ours = _ours(folder / OURS)
         if ours["config_sha256"] == _sha256(text):
-            spec, base = _spec(ours["spec"], folder / OURS), ours["base"]
+            spec, base, aliases = _spec(ours["spec"], folder / OURS), ours["base"], ours.get("aliases", {})
         else:
             notes.append(
                 f"{folder / OURS} was written with another {CONFIG} than the one beside it, so it was not used"
             )
-    with open_tensors(folder / WEIGHTS) as tensors:
-        yield Checkpoint(folder, config, spec, base, tensors, tuple(notes))
+    with open_tensors(folder / WEIGHTS, dtypes=STATE if config.get("peft_type") == OWN else FLOATS) as tensors:
+        yield Checkpoint(folder, config, spec, base, tensors, tuple(notes), aliases)
 
 
 def _require_files(folder: Path) -> None:
@@ -110,8 +129,7 @@ def _ours(path: Path) -> dict[str, Any]:
     expected = {"schema", "version", "config_sha256", "spec", "base"}
     if type(data.get("schema")) is not int or data["schema"] != _SCHEMA:
         raise AdapterError(f"{path} has schema {data.get('schema')!r}; this version reads schema {_SCHEMA}")
-    if set(data) != expected:
-        odd = sorted(set(data) ^ expected)
+    if odd := sorted((set(data) - {"aliases"}) ^ expected):
         raise AdapterError(
             f"{path} must hold exactly {', '.join(sorted(expected))}; missing or unknown: {', '.join(odd)}"
         )
@@ -125,6 +143,9 @@ def _ours(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: 'base' does not describe a base (sampled, and for each site shape, dtype and sha256)"
         )
+    aliases = data.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(first, str) for first in aliases.values()):
+        raise AdapterError(f"{path}: 'aliases' must map names of tensors to names of tensors")
     return data
 
 

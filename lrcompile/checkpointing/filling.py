@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrcompile.adapting import remove
 from lrcompile.attaching import attach
 from lrcompile.checkpointing.plans import Plan
+from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.state import State, adapter_set, has_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
 
@@ -20,11 +21,14 @@ def attach_filled(
     model: nn.Module,
     plan: Plan,
     name: str,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    values: Mapping[str, Mapping[str, Tensor]],
     tensors: Mapping[str, Tensor],
     trainable: bool,
 ) -> None:
-    """Attach beside what is there, fill, and only then take the place of an adapter of the same name."""
+    """Attach beside what is there, fill, and only then take the place of an adapter of the same name.
+
+    `values`: by site name, the tensors of its adapter; `tensors`: the file's, by key.
+    """
     old = state_of(model) if has_state(model) else None
     before = (dict(old.active), old.training) if old is not None else ({}, ())
     taken = old is not None and name in old.specs
@@ -32,10 +36,10 @@ def attach_filled(
     attach(model, plan.spec, fresh, plan.matched, trainable=trainable, started=False)
     state = state_of(model)
     try:
-        for site in plan.matched.hit:
-            adapter = adapter_set(model, site)[fresh]
-            adapter.A.data, adapter.B.data = factors[site.name]
-            adapter.refill_scale()
+        placed: dict[str, Tensor] = {}
+        for place in plan.places:
+            site = place.unit.site
+            _fill(adapter_set(model, site)[fresh], values[site.name], place.keys, placed)
         for key, parameter in plan.trained.items():
             state.trained.write(model, fresh, parameter, tensors[key])
     except BaseException:
@@ -48,6 +52,24 @@ def attach_filled(
         remove(model, name)
         _rename(model, state, fresh, name)
     state.notes += [note for note in plan.notes if note not in state.notes]
+
+
+def _fill(adapter: Adapter, values: Mapping[str, Tensor], keys: Mapping[str, str], placed: dict[str, Tensor]) -> None:
+    """Give every tensor of `adapter` its value; what is `placed` under its key already is the same object here."""
+    for name in adapter.state_dict(keep_vars=True):
+        owner, _, local = name.rpartition(".")
+        module = adapter.get_submodule(owner)
+        own = module._parameters if local in module._parameters else module._buffers
+        held, key = own[local], keys[name]
+        if key in placed:
+            own[local] = placed[key]  # type: ignore[assignment]
+        elif isinstance(held, nn.Parameter):
+            held.data = values[name]
+            placed[key] = held
+        else:
+            own[local] = placed[key] = values[name]
+    adapter.refresh()
+    adapter.refill_scale()
 
 
 def _free_name(state: State | None, name: str) -> str:

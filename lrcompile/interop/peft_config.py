@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lrcompile.errors import SpecError
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import Recipe, part
+from lrcompile.recipes.scales import alpha_over_rank
 from lrcompile.specs import Spec
+
+_FORMS: dict[frozenset[str], dict[str, Any]] = {frozenset("AB"): {}, frozenset("ABm"): {"use_dora": True}}
+"""The settings by which PEFT's LORA means a form with just these tensors."""
 
 _INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 _BASE_KEEPING = ("eva",)
@@ -35,7 +40,6 @@ _HARMLESS = frozenset(
 """Say nothing about what is computed: bookkeeping, what the model tells itself, options of other settings."""
 
 _UNSUPPORTED = {
-    "use_dora": "it adds a magnitude to each output; merge it with PEFT, or train with method 'lora'",
     "lora_bias": "it adds a bias to B; merge it with PEFT, or train base biases with bias='lora_only'",
     "layer_replication": "it builds another model; replicate the layers of the base first, then drop this setting",
     "trainable_token_indices": "train the embedding with train_modules, or adapt it as a target",
@@ -57,6 +61,7 @@ _USED = frozenset(
         "lora_dropout",
         "bias",
         "use_rslora",
+        "use_dora",
         "init_lora_weights",
         "target_modules",
         "target_parameters",
@@ -74,8 +79,8 @@ def spec_from_peft(config: Any) -> Spec:
     """The spec of a `LoraConfig`, or of the mapping of an `adapter_config.json`.
 
     `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora`
-    a `scaling`. `init_lora_weights` False (PEFT's random B, meant for tests) becomes "kaiming": B starts at 0. Raises
-    `SpecError` naming each setting that has no counterpart, with what to do about it.
+    a `scaling`, `use_dora` the method "dora". `init_lora_weights` False (PEFT's random B, meant for tests) becomes
+    "kaiming": B starts at 0. Raises `SpecError` naming each setting that has no counterpart, with what to do about it.
     """
     data = settings_of(config)
     return Spec.from_dict(numbers_from_peft(data) | _targets(data))
@@ -88,13 +93,13 @@ def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
     whoever has the model (`lrcompile.save`) gives both lists. Raises `SpecError` for a method that PEFT has no type
     for.
     """
-    kind = recipe(spec.method).peft
-    if kind is None:
-        raise SpecError(f"PEFT has no form for method {spec.method!r}", field="method")
+    method = recipe(spec.method)
+    if (reason := why_not_lora(method, _tensors(method))) is not None:
+        raise SpecError(f"{spec.method} has no counterpart in PEFT's LORA: {reason}", field="method")
     if unknown := sorted(set(more) - _USED - _HARMLESS - set(_UNSUPPORTED)):
         raise SpecError(f"PEFT's LoraConfig has no setting {', '.join(map(repr, unknown))}", field=unknown[0])
     data: dict[str, Any] = {
-        "peft_type": kind,
+        "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -113,7 +118,24 @@ def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
         "alpha_pattern": {key: _plain(alpha) for key, alpha in spec.alpha_pattern.items()},
         "modules_to_save": _or_none(spec.train_modules),
     }
-    return data | more
+    return data | _FORMS[_tensors(method)] | more
+
+
+def why_not_lora(method: Recipe, tensors: Iterable[str]) -> str | None:
+    """Why PEFT's LORA does not compute what `method` does with these tensors at each site; None if it does."""
+    if method.peft != "LORA":
+        return (
+            f"PEFT has it as {method.peft}, which is not written here yet" if method.peft else "PEFT does not have it"
+        )
+    if method.scale is not alpha_over_rank:
+        return "its scale is another function of alpha and rank"
+    if frozenset(tensors) not in _FORMS:
+        return f"it keeps {', '.join(sorted(tensors))} at a site, PEFT a pair"
+    return None
+
+
+def _tensors(method: Recipe) -> frozenset[str]:
+    return frozenset(part(method.form).shapes(1, 1, 1)) if method.form is not None else frozenset()
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -159,7 +181,7 @@ def numbers_from_peft(data: Mapping[str, Any], *, trained: bool = False) -> dict
     if modules is not None and (isinstance(modules, str) or not isinstance(modules, (list, tuple, set))):
         raise SpecError(f"modules_to_save must be a list of names, got {modules!r}", field="modules_to_save")
     return {
-        "method": "lora",
+        "method": "dora" if data.get("use_dora") else "lora",
         "rank": data.get("r", 8),
         "alpha": data.get("lora_alpha", 8),
         "dropout": data.get("lora_dropout") or 0.0,

@@ -5,12 +5,14 @@ by one `base_layer` for each wrapper. Two raw parameters of one module are two w
 innermost. A stack of E experts is flat:
 
     lora_A [E·r, in], expert slowest          lora_B [out, r·E], expert fastest
+
+DoRA's magnitudes lie beside the pair, under a name without ".weight".
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,28 +22,28 @@ from lrcompile.interop.peft_matching import Unit
 PREFIX = "base_model.model"
 
 
+_LORA = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+_LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+
+
 @dataclass(frozen=True)
-class Pair:
-    """The two tensors of one site."""
+class Place:
+    """The tensors of one site in a file of PEFT's."""
 
     unit: Unit
-    A: str
-    B: str
+    keys: Mapping[str, str]
+    """By tensor of the form."""
 
 
-def pairs(model: nn.Module, adapted: Sequence[Unit]) -> list[Pair]:
-    """The names under which PEFT stores the factors of `adapted`."""
-    wrappers = _wrappers(adapted)
+def places(model: nn.Module, adapted: Sequence[Unit], tensors: Iterable[str] = ("A", "B")) -> list[Place]:
+    """The names under which PEFT stores these tensors of `adapted`."""
+    wrappers, tensors = _wrappers(adapted), tuple(tensors)
     out = []
     for unit in adapted:
-        site = unit.site
-        depth = _depth(model, adapted, unit)
-        path = _path(site.host, wrappers)
-        prefix = ".".join(path[: len(path) - depth])
-        if site.form == "lookup" and not unit.by_parameter:
-            out.append(Pair(unit, f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B"))
-        else:
-            out.append(Pair(unit, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"))
+        path = _path(unit.site.host, wrappers)
+        prefix = ".".join(path[: len(path) - _depth(model, adapted, unit)])
+        local = _LOOKUP if unit.site.form == "lookup" and not unit.by_parameter else _LORA
+        out.append(Place(unit, {tensor: f"{prefix}.{local[tensor]}" for tensor in tensors}))
     return out
 
 
@@ -57,24 +59,26 @@ def base_name(key: str) -> str:
     return ".".join(part for part in key.removeprefix(f"{PREFIX}.").split(".") if part not in inner)
 
 
-def pack(model: nn.Module, unit: Unit, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """(A `[…, r, in]`, B `[…, out, r]`) as PEFT stores them."""
-    if not unit.by_parameter:
-        return A, B
-    if _swapped(model, unit):
-        A, B = B.mT, A.mT
-    if unit.site.copies is None:
-        return A, B
-    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+def pack(model: nn.Module, unit: Unit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `[…, r, in]` and B `[…, out, r]` as PEFT stores them; what else there is, as it is."""
+    out = dict(tensors)
+    if unit.by_parameter:
+        A, B = (out["B"].mT, out["A"].mT) if _swapped(model, unit) else (out["A"], out["B"])
+        if unit.site.copies is not None:
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        out |= {"A": A, "B": B}
+    return out
 
 
-def unpack(model: nn.Module, unit: Unit, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(model: nn.Module, unit: Unit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `pack`."""
-    if not unit.by_parameter:
-        return A, B
-    if unit.site.copies is not None:
-        A, B = A.unflatten(0, (unit.site.copies, -1)), B.unflatten(1, (-1, unit.site.copies)).permute(2, 0, 1)
-    return (B.mT, A.mT) if _swapped(model, unit) else (A, B)
+    out = dict(tensors)
+    if unit.by_parameter:
+        A, B = out["A"], out["B"]
+        if unit.site.copies is not None:
+            A, B = A.unflatten(0, (unit.site.copies, -1)), B.unflatten(1, (-1, unit.site.copies)).permute(2, 0, 1)
+        out |= {"A": B.mT, "B": A.mT} if _swapped(model, unit) else {"A": A, "B": B}
+    return out
 
 
 def _swapped(model: nn.Module, unit: Unit) -> bool:
