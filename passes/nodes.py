@@ -36,7 +36,7 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:
     """The site an adapter node belongs to: where its factors live, or else the name of the node."""
-    name = _module_of(node) or adapter_target(node.args[3], tensors) or node.name
+    name = _module_of(node) or adapter_target(node.args[2], tensors) or node.name
     host, mark, rest = name.partition("lrcompile_adapters.")
     slot = rest.split(".")[0]
     return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else name.removesuffix(".A")
