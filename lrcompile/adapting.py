@@ -59,13 +59,15 @@ def apply(
         attach(model, spec, name, matched, measured=measured)
         return model
     before = (dict(state_of(model).active), state_of(model).training) if has_state(model) else ({}, ())
-    attach(model, spec, name, matched, quantize_base=False, measured=measured)
+    again = recipe(spec.method).quantizes_base
+    # the proof puts values of its own into the factors, so those that are made anew afterwards need not start
+    attach(model, spec, name, matched, quantize_base=False, measured=measured, started=not again)
     try:
         prove(model, name, example_inputs)
     except BaseException:
         detach(model, state_of(model), name, matched.hit, *before)
         raise
-    if recipe(spec.method).quantizes_base:
+    if again:
         detach(model, state_of(model), name, matched.hit, *before)
         attach(model, spec, name, matched, measured=measured)
         state_of(model).dead = ()

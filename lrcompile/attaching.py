@@ -21,6 +21,7 @@ from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter, Start
 from lrcompile.recipes.initialisers.random import generator_of
 from lrcompile.recipes.recipe import part
+from lrcompile.residuals import base_below, refuse_unfoldable, settle
 from lrcompile.sites.bypass import mixin_for
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -56,6 +57,7 @@ def attach(
     _check_baked_dropout(spec, matched.hit)
     method = recipe(spec.method)
     built = _build(model, spec, matched.hit, measured or {}, started)
+    refuse_unfoldable(model, ((start.site, adapter) for adapter, start in built))
     if method.quantizes_base and quantize_base:
         _quantize_base(model, spec, built)
     if first:
@@ -102,6 +104,7 @@ def detach(
         activate(model, active)
         set_training(model, training)
     else:
+        settle(model, state)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.flags.get(key, parameter.requires_grad))
         set_state(model, None)
@@ -184,7 +187,11 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     host = model.get_submodule(site.host)
     if is_nf4(host):
         return nf4_weight(host)
-    weight = sites.weight_of(model, site).detach()
+    held = base_below(model, site.parameter)
+    if held is None:
+        weight = sites.weight_of(model, site).detach()
+    else:
+        weight = (held.mT if site.transposed else held).to(model.get_parameter(site.parameter).device)
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -118,6 +118,7 @@ def finalize(model: nn.Module) -> nn.Module:
     _check_final(state, state.merged)
     state.folds, state.merged, state.untied_config = {}, (), False
     state.trained.forget()
+    state.residuals = {}
     for name in list(state.specs):
         detach(model, state, name, state.sites[name], {}, ())
     return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
@@ -35,6 +35,9 @@ class State:
     swapped: dict[str, type[Host]] = field(default_factory=dict)
     """Modules whose class is swapped, and for what."""
     trained: Trained = field(default_factory=Trained)
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+    """The base's bits of each parameter that holds what active adapters leave of it (`residuals.settle`), on the host.
+    """
     folds: dict[str, Fold] = field(default_factory=dict)
     """By site name, while merged."""
     merged: tuple[str, ...] = ()

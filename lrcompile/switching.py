@@ -11,6 +11,7 @@ from torch import fx, nn
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
 from lrcompile.recipes import recipe
+from lrcompile.residuals import settle
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
@@ -47,6 +48,7 @@ def activate(
             if adapter.weight != chosen[name]:
                 adapter.weight = chosen[name]
                 adapter.refill_scale()
+    settle(model, state)
     rewrite_graphs(model, all_sites(state))
     if learning is not None:
         set_training(model, learning)
@@ -75,20 +77,22 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
     merged: list[tuple[Site, Held]] = []
     state.suspended += 1
     try:
+        for site, base in folded:
+            merged.append((site, exchange(model.get_submodule(site.host), site.slot, base)))
         for adapters in sets:
             adapters.active = ()
         state.trained.show(model, ())
-        for site, base in folded:
-            merged.append((site, exchange(model.get_submodule(site.host), site.slot, base)))
+        settle(model, state)
         rewrite_graphs(model, all_sites(state))
         yield model
     finally:
         state.suspended -= 1
-        for site, held in merged:
-            exchange(model.get_submodule(site.host), site.slot, held)
         for adapters, active in zip(sets, before, strict=True):
             adapters.active = active
         state.trained.show(model, shown)
+        settle(model, state)
+        for site, held in merged:
+            exchange(model.get_submodule(site.host), site.slot, held)
         rewrite_graphs(model, all_sites(state))
 
 

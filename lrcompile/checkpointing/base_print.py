@@ -81,7 +81,8 @@ def _base(model: nn.Module, state: State | None, site: Site) -> tuple[str, list[
         return "nf4", [t for t in codes_of(host) if t is not None]
     else:
         weight = model.get_parameter(site.parameter)
-        weight = state.trained.base.get(site.parameter, weight) if state is not None else weight
+        if state is not None:
+            weight = state.residuals.get(site.parameter, state.trained.base.get(site.parameter, weight))
     return str(weight.dtype).removeprefix("torch."), [weight]
 
 

@@ -11,6 +11,7 @@ from lrcompile.adapting import remove
 from lrcompile.attaching import attach
 from lrcompile.checkpointing.plans import Plan
 from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.residuals import settle
 from lrcompile.state import State, adapter_set, has_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
 
@@ -42,6 +43,7 @@ def attach_filled(
             _fill(adapter_set(model, site)[fresh], values[site.name], place.keys, placed)
         for key, parameter in plan.trained.items():
             state.trained.write(model, fresh, parameter, tensors[key])
+        settle(model, state)
     except BaseException:
         remove(model, fresh)
         if has_state(model):

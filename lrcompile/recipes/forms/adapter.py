@@ -65,11 +65,13 @@ class Adapter(nn.Module):
         self.refill_scale()
 
     scale: Tensor
+    folded = False
+    """A part of the weight is taken off it, and acts through the factors, while the adapter is active."""
 
     @classmethod
     def build(cls, spec: Spec, site: Site, shared: Any, *, dtype: torch.dtype, device: torch.device) -> Adapter:
         """The adapter `spec` means for `site`, its tensors not filled yet. `shared`: what `cls.share` returned."""
-        adapter = cls(
+        adapter = cls.at(spec, site)(
             site.in_features,
             site.out_features,
             spec.rank_of(site.name),
@@ -86,6 +88,15 @@ class Adapter(nn.Module):
     def share(cls, spec: Spec, sites: Sequence[Site], *, dtype: torch.dtype, device: torch.device) -> Any:
         """What all sites of one adapter have in common (frozen parameters, say); made once."""
         return None
+
+    @classmethod
+    def at(cls, spec: Spec, site: Site) -> type[Adapter]:
+        """The class that acts at `site`: a form that is different things at different sites names a subclass."""
+        return cls
+
+    @classmethod
+    def demand(cls, spec: Spec, sites: Sequence[Site]) -> None:
+        """Raise `SpecError` where the form's own options do not fit the sites a spec hits."""
 
     def configure(self, spec: Spec, shared: Any) -> None:
         """Take the form's own options from `spec`."""
@@ -119,6 +130,12 @@ class Adapter(nn.Module):
     def bias_change(self, bias: Tensor) -> Tensor | None:
         """b' − b when folded; None where the bias stays."""
         return None
+
+    def offset(self, dtype: torch.dtype) -> Tensor:
+        """What the weight itself gives up while this adapter is active, `[..., out, in]` in `dtype`; of forms that
+        are `folded`.
+        """
+        raise NotImplementedError
 
     def refresh(self) -> None:
         """Bring Python state in line with the tensors, which a load has just written."""

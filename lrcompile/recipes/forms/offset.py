@@ -22,7 +22,6 @@ class OffsetAdapter(LoraAdapter):
 
     A0: Tensor
     B0: Tensor
-    folded = False
 
     @classmethod
     def shapes(cls, in_features: int, out_features: int, rank: int) -> Mapping[str, tuple[int, ...]]:
@@ -37,8 +36,9 @@ class OffsetAdapter(LoraAdapter):
         self.B0.copy_(self.B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        if self.folded:
-            return self.A, self.B
+        return (self.A, self.B) if self.folded else self.beside_base()
+
+    def beside_base(self) -> tuple[Tensor, Tensor]:
         return torch.cat((self.A, self.A0), dim=-2), torch.cat((self.B, -self.B0), dim=-1)
 
     @property
@@ -46,6 +46,6 @@ class OffsetAdapter(LoraAdapter):
         return self.folded
 
     def offset(self, dtype: torch.dtype) -> Tensor:
-        """s·B₀·A₀ `[..., out, in]` in `dtype`, whatever weight the adapter is active with."""
+        """s·weight·B₀·A₀, with the float32 scale that the forward uses."""
         with torch.no_grad():
-            return (self.B0.to(dtype) @ self.A0.to(dtype)) * self.scale_value
+            return (self.B0.to(dtype) @ self.A0.to(dtype)) * self.scale.to(dtype)

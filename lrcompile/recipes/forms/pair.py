@@ -26,6 +26,10 @@ class LowRank(Adapter):
         """A' and B', differentiable in the tensors that train."""
         raise NotImplementedError
 
+    def beside_base(self) -> tuple[Tensor, Tensor]:
+        """The factors with which plain LoRA computes the same beside the weight as it was before `apply`."""
+        return self.factors()
+
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         A, B = self.factors()
         return torch.ops.lrcompile.lora.default(y, x, A, B, self.scale, self.probability)

@@ -1,0 +1,85 @@
+"""Weights that hold only what an adapter leaves of them: W − Σ wᵢ·sᵢ·B₀ᵢ·A₀ᵢ, over the active adapters that fold.
+
+It follows from the base's bits and the adapters' own tensors, so it is formed anew whenever other adapters become
+active and never stored; what is kept, on the host, are the base's bits. The parameter object stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import SpecError
+from lrcompile.matching import owners_of_parameters
+from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.sites.site import Site
+from lrcompile.state import State, adapter_set, all_sites, has_state, state_of
+
+
+def settle(model: nn.Module, state: State) -> None:
+    """Let every weight hold what the adapters active now leave of it: its own bits where none folds. Idempotent."""
+    folding: dict[str, tuple[Site, list[Adapter]]] = {}
+    for site in all_sites(state):
+        adapters = adapter_set(model, site)
+        if live := [adapters[name] for name in adapters.active if adapters[name].folded]:
+            folding[site.parameter] = (site, live)
+    for name in [name for name in state.residuals if name not in folding]:
+        parameter = model.get_parameter(name)
+        parameter.data = state.residuals.pop(name).to(parameter)
+    for name, (site, live) in folding.items():
+        parameter = model.get_parameter(name)
+        base = state.residuals.setdefault(name, parameter.data.cpu())
+        parameter.data = _left(site, base.to(parameter.device), live).to(parameter.dtype)
+    _watch_loads(model, bool(folding))
+
+
+def base_below(model: nn.Module, parameter: str) -> Tensor | None:
+    """The base's bits of a parameter that holds a residual now, on the host; None where it holds its own."""
+    return state_of(model).residuals.get(parameter) if has_state(model) else None
+
+
+def refuse_unfoldable(model: nn.Module, adapted: Iterable[tuple[Site, Adapter]]) -> None:
+    """Raise `SpecError` where a residual cannot take the place of the weight."""
+    folding = [site for site, adapter in adapted if adapter.folded]
+    owners = owners_of_parameters(model) if folding else {}
+    for site in folding:
+        weight = model.get_parameter(site.parameter)
+        if others := [name for name in owners[id(weight)] if name != site.parameter]:
+            raise SpecError(
+                f"residual='fold' takes a part off the weight of {site.name!r}, which {', '.join(others)} would lose"
+                " with it; use residual='keep', or exclude the site",
+                field="residual",
+            )
+        if weight.is_meta:
+            raise SpecError(
+                f"residual='fold' needs the values of {site.name!r}, which is on the meta device; load them first, or"
+                " use residual='keep'",
+                field="residual",
+            )
+
+
+def _left(site: Site, base: Tensor, live: Sequence[Adapter]) -> Tensor:
+    weight = base.to(torch.promote_types(base.dtype, torch.float32))
+    with torch.no_grad():
+        for adapter in live:
+            offset = adapter.offset(weight.dtype)
+            weight = weight - (offset.mT if site.transposed else offset)
+    return weight.contiguous()
+
+
+def _watch_loads(model: nn.Module, wanted: bool) -> None:
+    """A `load_state_dict` may bring other offsets than the weights have given up, or weights of another moment."""
+    hooks: dict[int, Any] = model._load_state_dict_post_hooks
+    present = [key for key, hook in hooks.items() if hook is _after_load]
+    if wanted and not present:
+        model.register_load_state_dict_post_hook(_after_load)
+    for key in present if not wanted else ():
+        del hooks[key]
+
+
+def _after_load(model: nn.Module, _: Any) -> None:
+    if has_state(model) and not state_of(model).merged:
+        settle(model, state_of(model))
