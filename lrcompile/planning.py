@@ -144,7 +144,7 @@ def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
 def _planned(site: Site, spec: Spec) -> Planned:
     copies, rank, method = site.copies or 1, spec.rank_of(site.name), recipe(spec.method)
     assert method.form is not None  # a method without one hits no site
-    shapes = part(method.form).shapes(site.in_features, site.out_features, rank)
+    shapes = part(method.form).at(spec, site).shapes(site.in_features, site.out_features, rank)
     added = copies * sum(math.prod(shape) for name, shape in shapes.items() if name in method.trains)
     return Planned(site.name, site.kind, site.in_features, site.out_features, copies, rank, added, "")
 

@@ -15,9 +15,14 @@ from lrcompile.recipes.recipe import Option as Option
 from lrcompile.recipes.recipe import Recipe as Recipe
 
 _BUILT_IN = {
-    "galore": "lrcompile.recipes.galore",
-    "loftq": "lrcompile.recipes.loftq",
+    "adalora": "lrcompile.recipes.adalora",
+    "bitfit": "lrcompile.recipes.bitfit",
     "delta-lora": "lrcompile.recipes.delta_lora",
+    "dora": "lrcompile.recipes.dora",
+    "galore": "lrcompile.recipes.galore",
+    "hira": "lrcompile.recipes.hira",
+    "ia3": "lrcompile.recipes.ia3",
+    "loftq": "lrcompile.recipes.loftq",
     "lora": "lrcompile.recipes.lora",
     "lora-xs": "lrcompile.recipes.lora_xs",
     "milora": "lrcompile.recipes.milora",

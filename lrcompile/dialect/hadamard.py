@@ -1,0 +1,28 @@
+"""The dialect's op for an update that is the weight itself times a low-rank product, element by element."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrcompile.dialect import LIBRARY
+
+LIBRARY.define(
+    "hadamard(Tensor y, Tensor x, Tensor W, Tensor A, Tensor B, Tensor scale, float dropout=0.0) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "hadamard", "CompositeImplicitAutograd")
+def hadamard(
+    y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """y + s·drop(x)(W ⊙ BA)ᵀ.
+
+    y `[..., out]`, x `[..., in]`, W `[out, in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. Formed in y's dtype. The
+    update has full rank: there is no cheaper way to apply it than as a matrix of W's size, which a backward pass keeps.
+    """
+    if dropout:
+        x = F.dropout(x, dropout, True)
+    update = W.to(y.dtype) * (B.to(y.dtype) @ A.to(y.dtype)) * scale.to(y.dtype)
+    return y + F.linear(x.to(y.dtype), update)

@@ -1,0 +1,93 @@
+"""Forms that need the map they act beside: its weight, its bias, its product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrcompile.nf4.modules import codes_of, is_nf4, layout_of, nf4_weight
+from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+
+
+class Hosted(Adapter):
+    """An adapter beside a linear layer, float or NF4, that reads the layer's own tensors."""
+
+    transposed = False
+    """The layer holds W as `[in, out]`."""
+
+    @classmethod
+    def build(cls, spec: Spec, site: Site, shared: Any, *, dtype: torch.dtype, device: torch.device) -> Hosted:
+        adapter = super().build(spec, site, shared, dtype=dtype, device=device)
+        assert isinstance(adapter, Hosted)
+        adapter.transposed = site.transposed
+        return adapter
+
+    def base_weight(self, host: nn.Module) -> Tensor:
+        """W `[out, in]` as it is held; of an NF4 layer its values, in float32 or wider."""
+        if is_nf4(host):
+            return nf4_weight(host, wide_dtype(host))
+        weight = host.get_parameter("weight")
+        return weight.t() if self.transposed else weight
+
+    def base_product(self, host: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x·Wᵀ without the bias, as the layer forms it, or all of it in `dtype`."""
+        if not is_nf4(host):
+            W = self.base_weight(host)
+            return F.linear(x, W) if dtype is None else product_of(x.to(dtype), W, dtype)
+        layout = layout_of(host)
+        return torch.ops.lrcompile.nf4_linear.default(
+            x if dtype is None else x.to(dtype), *codes_of(host), None, layout.out_features, layout.in_features,
+            layout.block_size, layout.transposed, dtype or layout.compute_dtype or layout.dtype,
+        )  # fmt: skip
+
+
+BLOCK = 2**22
+"""Numbers of W that are widened at a time."""
+
+
+def product_of(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """x·Wᵀ in `dtype`, W widened a few rows at a time."""
+    return torch.cat([F.linear(x, rows) for rows in _wide_rows(W, dtype)], -1)
+
+
+def squared_rows(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖W_i‖² `[out]` in `dtype`, W widened a few rows at a time."""
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in _wide_rows(W, dtype)]).square()
+
+
+def _wide_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    for rows in W.split(max(1, BLOCK // W.shape[1])):
+        yield rows.to(dtype)
+
+
+def wide_dtype(host: nn.Module) -> torch.dtype:
+    """What sums over W are formed in: float32, or float64 for a float64 layer."""
+    held = layout_of(host).dtype if is_nf4(host) else host.get_parameter("weight").dtype
+    return torch.promote_types(held, torch.float32)
+
+
+def base_bias(host: nn.Module) -> Tensor | None:
+    bias: Any = host.bias
+    return bias
+
+
+def base_tensors(host: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors that W is held in."""
+    if is_nf4(host):
+        return tuple(tensor for tensor in codes_of(host) if tensor is not None)
+    return (host.get_parameter("weight"),)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products are formed in the dtype of their factors."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
