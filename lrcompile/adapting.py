@@ -54,7 +54,7 @@ def apply(
     if torch.is_inference_mode_enabled():
         raise AdapterError("apply within torch.inference_mode(): its tensors could never train; leave the block first")
     matched = match(model, spec)
-    spec, measured = calibrated(model, spec, matched, data, loss)
+    spec, matched, measured = calibrated(model, spec, matched, data, loss)
     if example_inputs is None:
         attach(model, spec, name, matched, measured=measured)
         return model

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from lrcompile.batches import Loss as Loss
 from lrcompile.errors import SpecError
 from lrcompile.matching import Matched
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.specs import Spec
 
-Loss = Callable[[Any, Any], Any]
-
 
 def calibrated(
     model: nn.Module, spec: Spec, matched: Matched, data: Iterable[Any] | None, loss: Loss | None
-) -> tuple[Spec, Mapping[str, Any]]:
-    """What the recipe's calibration found, by site name, and the spec with what it decided (ranks, say).
+) -> tuple[Spec, Matched, Mapping[str, Any]]:
+    """What the recipe's calibration found, by site name; the spec with what it decided (ranks, say), and what matched
+    with its notes.
 
     Raises `SpecError` where the method needs data and has none, or takes none and was given some.
     """
@@ -27,7 +28,7 @@ def calibrated(
     if method.calibration is None:
         if data is not None or loss is not None:
             raise SpecError(f"{spec.method} starts without data: leave out data= and loss=", field="data")
-        return spec, {}
+        return spec, matched, {}
     if data is None:
         raise SpecError(
             f"{spec.method} measures on your data how its factors start: apply(model, spec, data=batches, loss=fn), a"
@@ -35,4 +36,6 @@ def calibrated(
             " output.loss",
             field="data",
         )
-    return part(method.calibration)(model, spec, matched.hit).run(data, loss)
+    calibration = part(method.calibration)(model, spec, matched.hit)
+    spec, measured = calibration.run(data, loss)
+    return spec, replace(matched, notes=(*matched.notes, *calibration.notes)), measured

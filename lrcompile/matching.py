@@ -50,6 +50,7 @@ def match(
         if not trained:
             raise TargetError(f"{spec.method} finds nothing to train in this {type(model).__name__}", field="bias")
         return Matched((), tuple(spared), trained, ())
+    part(recipe(spec.method).form).demand(spec, hit)
     names = [site.name for site in hit]
     targeting.require_patterns(names, spec.rank_pattern, "rank_pattern")
     targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")
@@ -64,9 +65,11 @@ def match(
 
 
 def _considered(model: nn.Module, spec: Spec, site: Site, known_codes: bool) -> Site:
-    """The site, refused where the method's form or its demands on the base do not go with it."""
+    """The site, refused where the method's form, what it measures or its demands on the base do not go with it."""
     method = recipe(spec.method)
     reason = site.refusal or (part(method.form).refusal(site) if method.form is not None else None)
+    if reason is None and method.calibration is not None:
+        reason = part(method.calibration).refusal(site)
     if reason is None and method.nf4 is not None and not known_codes and is_nf4(model.get_submodule(site.host)):
         reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
     return site if reason == site.refusal else replace(site, refusal=reason)

@@ -1,4 +1,7 @@
-"""LoRA-One (arXiv 2502.01235): LoRA that starts one full gradient step ahead."""
+"""LoRA-One (arXiv 2502.01235): LoRA that starts one full gradient step ahead; its output at the start is not the base's.
+
+The paper trains it with preconditioned gradients; any optimizer works.
+"""
 
 from lrcompile.recipes.recipe import Recipe, integer, number
 
@@ -8,6 +11,7 @@ RECIPE = Recipe(
     paper="2502.01235",
     init="lrcompile.recipes.initialisers.gradient:lora_one",
     calibration="lrcompile.recipes.calibration.gradients:Gradients",
+    defaults={"scaling": "alpha/sqrt(r)"},
     options={"gamma": number(128.0, "a number above 0", lambda v: v > 0), "batches": integer(8, 1)},
     lacks={"init": "the gradient decides how the factors start"},
     nf4="needs the gradient of the float weight; apply it to the float model",
