@@ -127,8 +127,8 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def bias_change(self, bias: Tensor) -> Tensor | None:
-        """b' − b when folded; None where the bias stays."""
+    def bias_change(self, bias: Tensor, base: Tensor, weight: Tensor) -> Tensor | None:
+        """b' − b when folded into `bias` `[out]`; None where it stays. `base` and `weight` are without any adapter."""
         return None
 
     def offset(self, dtype: torch.dtype) -> Tensor:
