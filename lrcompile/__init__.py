@@ -21,6 +21,7 @@ _HOME = {
     "report": "reporting",
     "Report": "reporting",
     "optimizer": "optim",
+    "aux_loss": "auxiliary",
     "merge": "merging",
     "unmerge": "merging",
     "quantize": "quantizing",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from lrcompile.adapting import apply as apply
     from lrcompile.adapting import disabled as disabled
     from lrcompile.adapting import remove as remove
+    from lrcompile.auxiliary import aux_loss as aux_loss
     from lrcompile.checkpoints import load as load
     from lrcompile.checkpoints import save as save
     from lrcompile.errors import AdapterError as AdapterError

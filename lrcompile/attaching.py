@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile import sites
+from lrcompile import auxiliary, sites
 from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
@@ -72,6 +72,7 @@ def attach(
         state.dead = None
         activate(model, name)
         set_training(model, (name,) if trainable else before[1])
+        auxiliary.hook(model, state)
     except BaseException:
         detach(model, state, name, matched.hit, *before)
         raise
@@ -100,6 +101,7 @@ def detach(
     for swapped in [each for each in state.swapped if each not in needed]:
         restore(model.get_submodule(swapped), state.swapped.pop(swapped))
     rewrite_graphs(model, hit)
+    auxiliary.hook(model, state)
     if state.specs:
         activate(model, active)
         set_training(model, training)

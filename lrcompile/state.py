@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
@@ -45,6 +46,10 @@ class State:
     dead: tuple[str, ...] | None = None
     """Tensors no gradient reached; None as long as nobody looked."""
     notes: list[str] = field(default_factory=list)
+    aux_used: bool = False
+    """Has a backward pass gone through the auxiliary loss since the last optimizer step?"""
+    aux_hook: RemovableHandle | None = None
+    """What adds it to the model's output."""
     suspended: int = 0
     """How many `disabled` blocks are open."""
 

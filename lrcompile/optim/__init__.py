@@ -12,6 +12,7 @@ from torch import nn
 
 from lrcompile.errors import AdapterError
 from lrcompile.liveness import watcher
+from lrcompile.optim.auxiliary import Contributed
 from lrcompile.optim.identity import identity
 from lrcompile.optim.rule import Rule
 from lrcompile.optim.wiring import wire
@@ -58,4 +59,6 @@ def optimizer(
 def _rules(model: nn.Module) -> list[Rule]:
     """The step rules of every adapter that trains, in the order their recipes name them."""
     state = state_of(model)
-    return [part(path)(model, name) for name in state.training for path in recipe(state.specs[name].method).rules]
+    methods = {name: recipe(state.specs[name].method) for name in state.training}
+    with_aux: list[Rule] = [Contributed(model, name) for name, method in methods.items() if method.aux is not None]
+    return with_aux[:1] + [part(path)(model, name) for name, method in methods.items() for path in method.rules]
