@@ -8,7 +8,7 @@ RECIPE = Recipe(
     paper="2406.05223",
     form="lrcompile.recipes.forms.offset:OffsetAdapter",
     init="lrcompile.recipes.initialisers.covariance:corda",
-    calibration="lrcompile.recipes.calibration.inputs:Covariance",
+    calibration="lrcompile.recipes.calibration.covariance:Covariance",
     options={
         "mode": choice("ipm", "ipm", "kpm"),
         "batches": integer(8, 1),

@@ -7,7 +7,7 @@ RECIPE = Recipe(
     summary="y = xWᵀ + b + s·(xAᵀ)Bᵀ, A the leading right singular vectors of x at the start, B = 0",
     paper="2410.07170",
     init="lrcompile.recipes.initialisers.activations:eva",
-    calibration="lrcompile.recipes.calibration.inputs:Directions",
+    calibration="lrcompile.recipes.calibration.directions:Directions",
     options={
         "rho": number(2.0, "a number of at least 1", lambda v: v >= 1),
         "tau": number(0.99, "a number in (0, 1]", lambda v: 0 < v <= 1),

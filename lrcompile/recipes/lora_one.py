@@ -1,6 +1,6 @@
-"""LoRA-One (arXiv 2502.01235): LoRA that starts one full gradient step ahead; its output at the start is not the base's.
+"""LoRA-One (arXiv 2502.01235): LoRA that starts one full gradient step ahead of the base.
 
-The paper trains it with preconditioned gradients; any optimizer works.
+So its output at the start is not the base's. The paper trains it with preconditioned gradients; any optimizer works.
 """
 
 from lrcompile.recipes.recipe import Recipe, integer, number

@@ -76,8 +76,9 @@ class Gradients(Calibration):
     def _require_finite(self, sums: Mapping[str, Tensor], index: int) -> None:
         if bad := [name for name, total in sums.items() if not torch.isfinite(total).all()]:
             raise AdapterError(
-                f"the gradient of batch {index} is not finite at {len(bad)} sites, among them"
-                f" {', '.join(bad[:5])}, with a finite loss: it overflows on the way back; use a wider dtype for the model, or a smaller loss"
+                f"the gradient of batch {index} is not finite at {len(bad)} sites, with a finite loss (first:"
+                f" {', '.join(bad[:5])}): it overflows on the way back; use a wider dtype for the model, or a smaller"
+                " loss"
             )
 
     def _require_reached(self, dead: list[str]) -> None:

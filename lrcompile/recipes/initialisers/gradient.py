@@ -17,16 +17,18 @@ def lora_ga(adapter: LoraAdapter, start: Start) -> None:
 
     So A₀A₀ᵀ = B₀ᵀB₀ = c²·I and G·A₀ᵀA₀ + B₀B₀ᵀG = c²·G_{2r}, the best approximation of G of rank 2r: one step of
     gradient descent changes the weight by −η·s²·c²·G_{2r} + O(η²)  (arXiv 2407.05000). No singular value enters a
-    factor; PEFT's variant, which has them in B, lacks that property. `direction` ArB2r: a = 1…r, b = r+1…2r; A2rBr: the other way round; ArBr: a even, b odd ones (counted from 1).
+    factor; PEFT's variant, which has them in B, lacks that property. `direction` ArB2r: a = 1…r, b = r+1…2r; A2rBr: the
+    other way round; ArBr: a even, b odd ones (counted from 1).
 
     Raises `SpecError` where G has not 2r singular vectors.
     """
     G, rank = _gradient(adapter, start), adapter.rank
-    if 2 * rank > min(adapter.in_features, adapter.out_features):
-        shape = f"{adapter.out_features}×{adapter.in_features}"
+    most = min(adapter.in_features, adapter.out_features) // 2
+    if rank > most:
         raise SpecError(
-            f"{start.spec.method} takes 2·rank singular vectors of the gradient: rank={rank} is too much for the {shape}"
-            f" map {start.site.name!r}, which allows {min(adapter.in_features, adapter.out_features) // 2}; lower it (rank, rank_pattern), or exclude the site",
+            f"{start.spec.method} takes 2·rank singular vectors of the gradient, so rank={rank} is above {most}, the"
+            f" most that the {adapter.out_features}×{adapter.in_features} map {start.site.name!r} allows; lower it"
+            " (rank, rank_pattern), or exclude the site",
             field="rank",
         )
     found = _leading(G, 2 * rank, rank, start)
