@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.attaching import attach, detach
+from lrcompile.attaching import attach, detach, require_attachable
 from lrcompile.calibrating import Loss, calibrated
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import match
@@ -54,6 +54,8 @@ def apply(
     if torch.is_inference_mode_enabled():
         raise AdapterError("apply within torch.inference_mode(): its tensors could never train; leave the block first")
     matched = match(model, spec)
+    if data is not None:
+        require_attachable(model, spec, name, matched)
     spec, matched, measured = calibrated(model, spec, matched, data, loss)
     if example_inputs is None:
         attach(model, spec, name, matched, measured=measured)

@@ -46,15 +46,9 @@ def attach(
     `quantize_base` False leaves a float base float, whatever the method would make of it. `measured`: by site name,
     what the method's calibration found. `started` False leaves the tensors for the caller to fill.
     """
+    require_attachable(model, spec, name, matched)
     first = not has_state(model)
     state = State() if first else state_of(model)
-    require_settled(state, "apply")
-    if first:
-        _refuse_foreign(model)
-    _check_name(state, name)
-    if state.merged:
-        raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
-    _check_baked_dropout(spec, matched.hit)
     method = recipe(spec.method)
     built = _build(model, spec, matched.hit, measured or {}, started)
     refuse_unfoldable(model, ((start.site, adapter) for adapter, start in built))
@@ -76,6 +70,18 @@ def attach(
     except BaseException:
         detach(model, state, name, matched.hit, *before)
         raise
+
+
+def require_attachable(model: nn.Module, spec: Spec, name: str, matched: Matched) -> None:
+    """Raise what `attach` would for a model that cannot take this adapter now; for callers with long work before it."""
+    state = state_of(model) if has_state(model) else State()
+    require_settled(state, "apply")
+    if not has_state(model):
+        _refuse_foreign(model)
+    _check_name(state, name)
+    if state.merged:
+        raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
+    _check_baked_dropout(spec, matched.hit)
 
 
 def detach(
