@@ -21,9 +21,12 @@ _HOME = {
     "report": "reporting",
     "Report": "reporting",
     "optimizer": "optim",
+    "LoraRite": "optim",
     "aux_loss": "auxiliary",
     "merge": "merging",
     "unmerge": "merging",
+    "to_lora": "converting",
+    "Conversion": "converting",
     "quantize": "quantizing",
     "save": "checkpoints",
     "load": "checkpoints",
@@ -71,6 +74,8 @@ if TYPE_CHECKING:
     from lrcompile.auxiliary import aux_loss as aux_loss
     from lrcompile.checkpoints import load as load
     from lrcompile.checkpoints import save as save
+    from lrcompile.converting import Conversion as Conversion
+    from lrcompile.converting import to_lora as to_lora
     from lrcompile.errors import AdapterError as AdapterError
     from lrcompile.errors import ExportError as ExportError
     from lrcompile.errors import LrcompileError as LrcompileError
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
     from lrcompile.exporting import export as export
     from lrcompile.merging import merge as merge
     from lrcompile.merging import unmerge as unmerge
+    from lrcompile.optim import LoraRite as LoraRite
     from lrcompile.optim import optimizer as optimizer
     from lrcompile.quantizing import quantize as quantize
     from lrcompile.recipes import methods as methods

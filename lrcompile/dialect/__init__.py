@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrcompile.dialect.dropped import dropped
+
 LIBRARY = torch.library.Library("lrcompile", "FRAGMENT")
 
 LIBRARY.define("lora(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, float dropout=0.0) -> Tensor")
@@ -28,7 +30,7 @@ def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: flo
     activations' size. `dropout` is the probability in force (0 in evaluation).
     """
     if dropout:
-        x = F.dropout(x, dropout, True)
+        x = dropped(x, dropout, A)
     product = F.linear if A.dim() == 2 else _stacked
     code = product(x.to(y.dtype), A.to(y.dtype)) * scale.to(y.dtype)
     return y + product(code, B.to(y.dtype))

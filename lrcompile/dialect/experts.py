@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
+from lrcompile.dialect.dropped import dropped
 
 LIBRARY.define(
     "lora_experts(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, Tensor experts, float dropout=0.0) -> Tensor"
@@ -24,7 +25,7 @@ def lora_experts(
     number of rows; it costs rows·experts·rank·(in + out), where a grouped product would save the factor `experts`.
     """
     if dropout:
-        x = F.dropout(x, dropout, True)
+        x = dropped(x, dropout, A)
     count, rank, _ = A.shape
     code = F.linear(x.to(y.dtype), A.flatten(0, 1).to(y.dtype)).unflatten(-1, (count, rank))
     others = experts.unsqueeze(-1) != torch.arange(count, device=experts.device)

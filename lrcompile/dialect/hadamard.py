@@ -8,15 +8,11 @@ from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
 
-LIBRARY.define(
-    "hadamard(Tensor y, Tensor x, Tensor W, Tensor A, Tensor B, Tensor scale, float dropout=0.0) -> Tensor"
-)
+LIBRARY.define("hadamard(Tensor y, Tensor x, Tensor W, Tensor A, Tensor B, Tensor scale, float dropout=0.0) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "hadamard", "CompositeImplicitAutograd")
-def hadamard(
-    y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0
-) -> Tensor:
+def hadamard(y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0) -> Tensor:
     """y + s·drop(x)(W ⊙ BA)ᵀ.
 
     y `[..., out]`, x `[..., in]`, W `[out, in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. Formed in y's dtype. The

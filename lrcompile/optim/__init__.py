@@ -14,13 +14,14 @@ from lrcompile.errors import AdapterError
 from lrcompile.liveness import watcher
 from lrcompile.optim.auxiliary import Contributed
 from lrcompile.optim.identity import identity
+from lrcompile.optim.lora_rite import LoraRite
 from lrcompile.optim.rule import Rule
 from lrcompile.optim.wiring import wire
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.state import has_state, state_of
 
-__all__ = ["optimizer"]
+__all__ = ["LoraRite", "optimizer"]
 
 
 def optimizer(

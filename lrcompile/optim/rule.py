@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompile.errors import AdapterError
 from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import adapter_set, state_of
@@ -46,6 +48,13 @@ class Rule:
         """The adapter's sites and what it has there."""
         for site in state_of(self.model).sites[self.name]:
             yield site, adapter_set(self.model, site)[self.name]
+
+    def pairs(self) -> Iterator[LoraAdapter]:
+        """The adapters, of a form that trains factors A and B."""
+        for site, adapter in self.adapters():
+            if not isinstance(adapter, LoraAdapter):
+                raise AdapterError(f"{type(self).__name__} takes pairs of factors, got {adapter} at {site.name!r}")
+            yield adapter
 
     def check(self, cls: Callable[..., torch.optim.Optimizer]) -> None:
         """Raise `AdapterError` if the method cannot be trained with the optimizer `cls`."""

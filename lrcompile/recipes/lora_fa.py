@@ -7,6 +7,7 @@ RECIPE = Recipe(
     summary="y = xWᵀ + b + s·(xAᵀ)Bᵀ, A frozen",
     paper="2308.03303",
     trains=("B",),
+    init="lrcompile.recipes.initialisers.frozen:draw_rows",
     rules=("lrcompile.optim.lora_fa:Correction",),
     options={"correction": choice(True, True, False)},
     peft="LORA",

@@ -1,0 +1,46 @@
+"""Dropout before a frozen map: the backward pass draws the mask again, so that nothing as wide as x is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+
+def dropped(x: Tensor, p: float, A: Tensor) -> Tensor:
+    """drop(x), of which A takes the product: zero with probability p, x/(1 − p) otherwise.
+
+    With a frozen A only the gradient of x needs the mask, and a seed stands for it, drawn from torch's CPU generator,
+    which `torch.manual_seed` and checkpointing rule over. A trained A has drop(x) kept anyway. Graphs under capture
+    have plain dropout: what they keep is their partitioner's choice, and a seed would be a constant in them.
+    """
+    if A.requires_grad or not x.requires_grad or not torch.is_grad_enabled() or detect_fake_mode([x]) is not None:
+        return F.dropout(x, p, True)
+    return _Replayed.apply(x, p, int(torch.randint(2**62, ())))
+
+
+class _Replayed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: float, seed: int) -> Tensor:
+        return x * _mask(x, p, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
+        _, ctx.p, ctx.seed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * _mask(grad, ctx.p, ctx.seed), None, None
+
+
+def _mask(like: Tensor, p: float, seed: int) -> Tensor:
+    """0 or 1/(1 − p), by shape and seed alone: laid out in order whatever the strides of `like` are."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return (
+        torch.empty(like.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    )
