@@ -1,0 +1,182 @@
+"""`to_lora`: an adapter of any method as plain LoRA that computes the same, exactly where its update is low-rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.attaching import base_weight
+from lrcompile.errors import AdapterError, SpecError
+from lrcompile.factoring import Pair, compressed, contributing, factored
+from lrcompile.plain_specs import plain_spec
+from lrcompile.recipes import recipe
+from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.recipes.forms.pair import LoraAdapter, LowRank
+from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
+from lrcompile.state import State, adapter_set, require_name, require_settled, state_of
+from lrcompile.switching import activate, set_training
+from lrcompile.tables import render
+from lrcompile.wording import listed
+from lrcompile.wrapping import refuse_meta, refuse_wrapped
+
+
+@dataclass(frozen=True)
+class ConvertedSite:
+    name: str
+    before: int
+    """The rank of the adapter that was here."""
+    rank: int
+    scale: float
+    relative_error: float
+    """‖Δ' − Δ‖ / ‖Δ‖; 0 where the factors are the very ones the adapter used, or Δ is 0."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `to_lora` did at each site; prints as a table."""
+
+    adapter: str
+    method: str
+    """What it was."""
+    sites: tuple[ConvertedSite, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def relative_error(self) -> float:
+        return max(site.relative_error for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(s.name, s.before, s.rank, f"{s.scale:.6g}", f"{s.relative_error:.2e}") for s in self.sites]
+        how = "exactly" if self.relative_error == 0 else f"with a relative error of up to {self.relative_error:.2e}"
+        title = f"adapter {self.adapter!r}: {self.method} is now lora, {how}"
+        return render(("site", "rank was", "rank", "scale", "error/‖Δ‖"), rows, title=title, notes=self.notes)
+
+
+def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = None) -> Conversion:
+    """Δ = s·B'·A'  for the adapter `name` (None: the only, or the only active one), as a plain `lora` adapter of that
+    name; in place.
+
+    Exact for every method whose update is low-rank: its effective factors become A `[r', in]` and B `[out, r']` (of
+    PiSSA, OLoRA and LoRA-GA those of rank 2r beside the weight as it was before `apply`), ranks that contribute
+    nothing are dropped, and each site keeps its scale s. A larger r' than `rank`, and the update of any other method
+    (DoRA, HiRA, (IA)³), is cut to its `rank` largest singular triplets, with the relative error in the report.
+    Weights of activation, dropout, what trains and parameters trained in full stay. `lrcompile.save` then writes
+    PEFT's LORA. An optimizer made before holds the old tensors: make a new one.
+
+    Raises `AdapterError` for what has no counterpart: a method without an adapter or one that writes the base, a
+    changed bias, a merged, wrapped or meta model; or where `rank` is needed and not given. The model is then as it
+    was.
+    """
+    refuse_wrapped(model, "convert an adapter of")
+    state = state_of(model)
+    require_settled(state, "to_lora")
+    refuse_meta(model, "convert an adapter", AdapterError)
+    name = _chosen(state, name)
+    _check(model, state, name, rank)
+    spec, sites = state.specs[name], state.sites[name]
+    olds = [adapter_set(model, site)[name] for site in sites]
+    with torch.no_grad():
+        pairs = [_pair(model, site, old, rank) for site, old in zip(sites, olds, strict=True)]
+        if any(contributing(pair).any() for pair in pairs):  # else nothing is learned yet, and any rank may
+            pairs = [pair.kept(contributing(pair)) for pair in pairs]
+        plain = plain_spec(model, spec, sites, pairs)
+        news = [_adapter(plain, site, old, pair) for site, old, pair in zip(sites, olds, pairs, strict=True)]
+    for site, new in zip(sites, news, strict=True):
+        adapter_set(model, site)._modules[name] = new
+    state.specs[name], state.dead = plain, None
+    activate(model, dict(state.active))
+    set_training(model, state.training)
+    rows = (
+        ConvertedSite(site.name, old.rank, new.rank, new.scale_value, pair.error)
+        for site, old, new, pair in zip(sites, olds, news, pairs, strict=True)
+    )
+    return Conversion(name, spec.method, tuple(rows), _notes(spec))
+
+
+def _chosen(state: State, name: str | None) -> str:
+    if state.merged:
+        raise AdapterError(f"{', '.join(map(repr, state.merged))} is merged; call lrcompile.unmerge(model) first")
+    if name is not None:
+        require_name(state, name)
+        return name
+    candidates = list(state.specs) if len(state.specs) == 1 else list(state.active)
+    if len(candidates) != 1:
+        raise AdapterError(f"which adapter? Give its name, one of {', '.join(map(repr, state.specs))}")
+    return candidates[0]
+
+
+def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
+    method = recipe(state.specs[name].method)
+    if isinstance(rank, bool) or not (rank is None or (isinstance(rank, int) and rank >= 1)):
+        raise SpecError(f"rank must be an integer of at least 1, or None, got {rank!r}", field="rank")
+    if method.form is None:
+        raise AdapterError(f"{method.name} trains parameters of the base itself, so there is nothing to convert")
+    if method.writes_base:
+        raise AdapterError(
+            f"{method.name} writes the base weights while it trains, so its adapter is not all of what it learned;"
+            " merge it, and save the model"
+        )
+    adapters = {site.name: adapter_set(model, site)[name] for site in state.sites[name]}
+    if full := [each for each, adapter in adapters.items() if not isinstance(adapter, LowRank)]:
+        if rank is None:
+            raise AdapterError(
+                f"the update of {method.name} is not of low rank (at {listed(full)}): give rank=, to which its"
+                " largest singular triplets are kept, and find the error in the report"
+            )
+        if state.active.get(name, 1.0) != 1:
+            raise AdapterError(
+                f"{name!r} is active with weight {state.active[name]}, in which the update of {method.name} is not"
+                f" linear; call lrcompile.activate(model, {name!r}) first"
+            )
+    if changed := [site.name for site in state.sites[name] if _changes_bias(model, site, adapters[site.name])]:
+        raise AdapterError(f"{method.name} changes the bias of {listed(changed)}, which LoRA cannot; merge it instead")
+
+
+def _changes_bias(model: nn.Module, site: Site, adapter: Adapter) -> bool:
+    bias = model.get_submodule(site.host)._parameters.get("bias")
+    if bias is None or isinstance(adapter, LowRank):
+        return False
+    weight = base_weight(model, site)
+    with torch.no_grad():
+        return adapter.bias_change(bias.detach(), weight, weight) is not None
+
+
+def _pair(model: nn.Module, site: Site, adapter: Adapter, rank: int | None) -> Pair:
+    if isinstance(adapter, LowRank):
+        pair = Pair(*adapter.beside_base(), adapter.scale_value)
+        return pair if rank is None or pair.rank <= rank else compressed(pair, rank)
+    assert rank is not None  # `_check` asked
+    weight = base_weight(model, site)
+    dtype = next(adapter.parameters()).dtype
+    return factored(adapter.change(weight, weight), rank, dtype)
+
+
+def _adapter(spec: Spec, site: Site, old: Adapter, pair: Pair) -> LoraAdapter:
+    new = LoraAdapter(
+        site.in_features,
+        site.out_features,
+        pair.rank,
+        spec.scale_of(site.name),
+        dropout=old.dropout,
+        copies=site.copies,
+        dtype=pair.A.dtype,
+        device=pair.A.device,
+    )
+    new.A.copy_(pair.A)
+    new.B.copy_(pair.B)
+    new.weight = old.weight
+    new.refill_scale()
+    return new.train(old.training)
+
+
+def _notes(spec: Spec) -> tuple[str, ...]:
+    if not recipe(spec.method).quantizes_base:
+        return ()
+    return ("the factors belong to this model's NF4 codes: save the quantized base with them",)
