@@ -85,7 +85,7 @@ class Unload(Rule):
         for site, _ in self.adapters():
             adapters = adapter_set(self.model, site)
             for other in adapters.active:
-                if type(adapters[other]).forward is not LowRank.forward:
+                if type(adapters[other]).forward is not LowRank.forward or adapters[other].folded:
                     raise AdapterError(
                         f"adapter {other!r} ({state.specs[other].method}) is active at {site.name!r} and computes from"
                         f" the weight that {self.spec.method} writes; activate {self.name!r} without it"

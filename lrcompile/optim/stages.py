@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.errors import AdapterError
 from lrcompile.optim.rule import Rule, Step
 from lrcompile.state import adapter_tensors, state_of
 
@@ -31,16 +30,6 @@ class Stages(Rule):
                 if members := [p for p in group["params"] if (id(p) in mine) is chosen]:
                     out.append({**group, "params": members})
         return out
-
-    def started(self, step: Step) -> None:
-        expected = min(step.number - 1, self.spec.period)
-        for group in self._groups(step):
-            if len(group.get(LEARNING_RATES, ())) != expected:
-                raise AdapterError(
-                    f"this optimizer state is {step.number - 1} steps into another schedule: it holds the learning"
-                    f" rates of {len(group.get(LEARNING_RATES, ()))} steps, and with period={self.spec.period}"
-                    f" {expected} are expected; resume with the spec it was saved under"
-                )
 
     def before_step(self, step: Step) -> None:
         k = (step.number - 1) % self.spec.period
