@@ -1,9 +1,10 @@
-"""What a weight holds, as something that can be taken out and put back: how a merge is undone, and how it is hidden
-for a while.
+"""What a weight or a bias holds, as something that can be taken out and put back: how a merge is undone, and how it is
+hidden for a while.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layo
 
 @dataclass
 class Held:
-    """The content of one weight: a float tensor, or NF4 codes and their layout."""
+    """The content of one parameter: a float tensor, or NF4 codes and their layout."""
 
     data: Tensor | None = None
     codes: tuple[Nf4, Layout] | None = None
@@ -23,17 +24,41 @@ class Held:
 
 @dataclass
 class Fold:
-    """A weight that holds a merged update: what it held before, and the name of the parameter it was one with."""
+    """A parameter that holds a merged update: what it held before, and the name of the one it was one with."""
 
     base: Held
     tied_to: str | None = None
     shared: nn.Parameter | None = None
     """The parameter itself, where other modules hold it too: this use was given one of its own."""
+    bias: Fold | None = None
+    """The same of the bias beside a weight, where an adapter changes it too."""
+
+
+def put(host: nn.Module, slot: str, new: Held, others: Sequence[str]) -> Fold:
+    """Put `new` in the place of a parameter's content; where `others` hold the parameter too, give this use its own."""
+    if not others:
+        return Fold(on_host(exchange(host, slot, new)))
+    shared = host._parameters[slot]
+    assert shared is not None
+    assert new.data is not None
+    host._parameters[slot] = nn.Parameter(new.data, requires_grad=shared.requires_grad)
+    return Fold(Held(data=shared.data), others[0], shared)
+
+
+def take_back(host: nn.Module, slot: str, fold: Fold) -> None:
+    """Undo `put`."""
+    own = host._parameters.get(slot)
+    if fold.shared is None:
+        exchange(host, slot, fold.base)
+    else:
+        assert own is not None
+        fold.shared.data = fold.shared.data.to(own)
+        host._parameters[slot] = fold.shared
 
 
 def exchange(host: nn.Module, slot: str, new: Held) -> Held:
-    """Put `new` in the place of the weight's content, which is returned; parameter objects keep their identity."""
-    if is_nf4(host):
+    """Put `new` in the place of a parameter's content, which is returned; parameter objects keep their identity."""
+    if slot == "weight" and is_nf4(host):
         codes = codes_of(host).codes
         device = codes.device
         old = Held(codes=(codes_of(host), layout_of(host)))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import AdapterError, TargetError
+from lrcompile.sites import ADAPTERS
 from lrcompile.state import adapter_tensors, state_of
 
 PATIENCE = 100
@@ -43,8 +44,8 @@ def watcher(model: nn.Module) -> Callable[[], None]:
 
 
 def dead_names(model: nn.Module) -> list[str]:
-    """Adapter tensors that train and have no gradient after a backward pass. (An expert without a token has one, of
-    zeros.)
+    """Tensors that train and have no gradient after a backward pass. (An expert without a token has one, of zeros.)
+    Parameters of the base count where they are all an adapter trains.
     """
     return [name for name, tensor in _training(model) if tensor.grad is None]
 
@@ -55,8 +56,9 @@ def live_names(model: nn.Module) -> list[str]:
 
 def dead_message(names: Sequence[str]) -> str:
     listed = "\n".join(f"  {name}" for name in names[:8]) + (f"\n  … ({len(names)} in all)" if len(names) > 8 else "")
+    kind = "adapter" if all(ADAPTERS in name.split(".") for name in names) else "trained"
     return (
-        f"no gradient reaches {len(names)} adapter tensors:\n{listed}\nTheir weights are not used through their own"
+        f"no gradient reaches {len(names)} {kind} tensors:\n{listed}\nTheir weights are not used through their own"
         " modules on this path (read by a"
         " parent, computed, under no_grad, or not at all). Exclude these sites, or fix the path."
     )
@@ -89,7 +91,12 @@ def _broken_message(model: nn.Module, broken: Sequence[str]) -> str:
 
 def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     state = state_of(model)
-    return [pair for name in state.training for pair in adapter_tensors(model, state, name) if pair[1].requires_grad]
+    found: list[tuple[str, nn.Parameter]] = []
+    for name in state.training:
+        found += [pair for pair in adapter_tensors(model, state, name) if pair[1].requires_grad]
+        if not state.sites[name]:
+            found += [(key, model.get_parameter(key)) for key in state.trained.names_of(name)]
+    return found
 
 
 def drops_layers(model: nn.Module) -> bool:

@@ -46,11 +46,13 @@ def match(
         reasons = "; ".join(f"{site.name}: {why}" for site, why in spared[:5]) or "it has no linear maps"
         raise TargetError(f"nothing to adapt in this {type(model).__name__} ({reasons})")
     trained = _trained_names(model, spec, hit)
-    if recipe(spec.method).form is None:
+    form = recipe(spec.method).form
+    if form is None:
+        trained = tuple(name for name in trained if not _inside(name.rpartition(".")[0], spec.exclude))
         if not trained:
             raise TargetError(f"{spec.method} finds nothing to train in this {type(model).__name__}", field="bias")
         return Matched((), tuple(spared), trained, ())
-    part(recipe(spec.method).form).demand(spec, hit)
+    part(form).demand(spec, hit)
     names = [site.name for site in hit]
     targeting.require_patterns(names, spec.rank_pattern, "rank_pattern")
     targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")

@@ -12,7 +12,7 @@ from torch import nn
 from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
 from lrcompile.folding import FoldedSite, fold
-from lrcompile.held import exchange
+from lrcompile.held import take_back
 from lrcompile.matching import owners_of_parameters
 from lrcompile.nf4.modules import is_nf4, layout_of
 from lrcompile.quantizing import base_of
@@ -30,19 +30,20 @@ _INTO = ("keep", "float32", "bfloat16", "float16", "nf4")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did to each weight; prints as a table."""
+    """What a merge did to each weight and bias; prints as a table."""
 
     sites: tuple[FoldedSite, ...]
     adapters: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def worst(self) -> FoldedSite:
-        return max(self.sites, key=lambda site: site.adapter_relative_error)
+    def worst(self) -> FoldedSite | None:
+        """None where the adapter is only parameters of the base, which are in place already."""
+        return max(self.sites, key=lambda site: site.adapter_relative_error, default=None)
 
     @property
     def adapter_relative_error(self) -> float:
-        return self.worst.adapter_relative_error
+        return 0.0 if self.worst is None else self.worst.adapter_relative_error
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -53,8 +54,10 @@ class MergeReport:
 
     def __str__(self) -> str:
         rows = [(s.name, s.dtype, f"{s.relative_size:.2e}", f"{s.adapter_relative_error:.2e}") for s in self.sites]
-        worst = f"{self.adapter_relative_error:.2e} at {self.worst.name}"
-        title = f"merged {', '.join(self.adapters)}: worst adapter-relative error {worst}"
+        title = f"merged {', '.join(self.adapters)}: "
+        if self.worst is None:
+            return title + "no weight has an update; what trained in full is in place"
+        title += f"worst adapter-relative error {self.adapter_relative_error:.2e} at {self.worst.name}"
         return render(("site", "dtype", "‖Δ‖/‖W‖", "error/‖Δ‖"), rows, title=title, notes=self.notes)
 
 
@@ -84,7 +87,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
     rows: list[FoldedSite] = []
     try:
         for site in chosen:
-            rows.append(fold(model, state, site, names, into, owners))
+            rows.extend(fold(model, state, site, names, into, owners))
         if erased := [row for row in rows if row.adapter_relative_error > LOSS_LIMIT]:
             raise MergeError(_erased_message(erased))
     except BaseException:
@@ -93,7 +96,9 @@ def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", fina
     state.merged = names
     _mark(model, state)
     _untie_config(model, state)
-    notes = tuple(f"{key}: untied from {fold.tied_to}" for key, fold in state.folds.items() if fold.tied_to)
+    parts = [(key, fold) for key, fold in state.folds.items()]
+    parts += [(f"{key}.bias", fold.bias) for key, fold in state.folds.items() if fold.bias is not None]
+    notes = tuple(f"{key}: untied from {fold.tied_to}" for key, fold in parts if fold.tied_to)
     report = MergeReport(tuple(rows), names, notes)
     if final:
         finalize(model)
@@ -192,11 +197,10 @@ def _restore(model: nn.Module, state: State) -> None:
         if fold is None:
             continue
         host = model.get_submodule(site.host)
-        if fold.shared is not None:
-            fold.shared.data = fold.shared.data.to(model.get_parameter(site.parameter))
-            host._parameters[site.slot] = fold.shared
-        else:
-            exchange(host, site.slot, fold.base)
+        take_back(host, site.slot, fold)
+        if fold.bias is not None:
+            take_back(host, "bias", fold.bias)
+    state.trained.hidden = {}
     state.folds, state.merged = {}, ()
     if state.untied_config:
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]

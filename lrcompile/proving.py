@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import AdapterError, TargetError
+from lrcompile.folding import bias_of, changes
+from lrcompile.held import Fold, Held, put, take_back
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
 from lrcompile.matching import owners_of_parameters
 from lrcompile.nf4.modules import is_nf4
+from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 
@@ -38,6 +41,8 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
         else:
             raise TargetError(dead_message(dead))
         _set_mode(model, False)
+        if not state.sites[name]:
+            return  # nothing but parameters of the base, which have no other place to act
         if state.sites[name][0].graph is None and any(
             "weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]
         ):
@@ -85,35 +90,47 @@ def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Te
     from lrcompile.switching import rewrite_graphs
 
     sets = [adapter_set(model, site) for site in chosen]
-    hosts = [model.get_submodule(site.host) for site in chosen]
-    weights = [model.get_parameter(site.parameter) for site in chosen]
-    kept = [weight.data for weight in weights]
     before = [adapters.active for adapters in sets]
+    weights = [model.get_parameter(site.parameter) for site in chosen]
     owners = owners_of_parameters(model)
+    folded: list[tuple[nn.Module, str, Fold]] = []
     try:
         for adapters in sets:
             adapters.active = tuple(other for other in adapters.active if other != name)
         rewrite_graphs(model, chosen)
         off = _run(model, example_inputs)
-        for site, host, adapters, weight in zip(chosen, hosts, sets, weights, strict=True):
-            wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            base = wide.mT if site.transposed else wide
-            delta = adapters[name].change(base, base)
-            folded = (wide + (delta.mT if site.transposed else delta)).to(weight.dtype)
-            if len(owners[id(weight)]) > 1:  # as `merge`: what else shares the weight keeps it
-                host._parameters[site.slot] = nn.Parameter(folded, requires_grad=False)
-            else:
-                weight.data = folded
+        for site, adapters in zip(chosen, sets, strict=True):
+            folded += _folded(model.get_submodule(site.host), site, adapters[name], owners)
         merged = _run(model, example_inputs)
     finally:
-        for site, host, weight, data, adapters, active in zip(chosen, hosts, weights, kept, sets, before, strict=True):
-            weight.data, host._parameters[site.slot], adapters.active = data, weight, active
+        for host, slot, fold in folded:
+            take_back(host, slot, fold)
+        for adapters, active in zip(sets, before, strict=True):
+            adapters.active = active
         rewrite_graphs(model, chosen)
     error = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, merged, strict=True))
     effect = sum(float((a.double() - b.double()).norm()) for a, b in zip(plain, off, strict=True))
     rounding = max((torch.finfo(weight.dtype).eps for weight in weights), default=0.0)
     size = sum(float(value.double().norm()) for value in plain)
     return error <= 0.1 * effect + 64 * rounding * size
+
+
+def _folded(
+    host: nn.Module, site: Site, adapter: Adapter, owners: dict[int, list[str]]
+) -> Iterator[tuple[nn.Module, str, Fold]]:
+    """Put what a merge would make of them in the place of the weight at `site` and the bias beside it."""
+    weight, bias = host._parameters[site.slot], bias_of(host, site)
+    assert weight is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    start = weight.detach().to(wide)
+    base = start.mT if site.transposed else start
+    delta, shift = changes([adapter], base, None if bias is None else bias.detach().to(wide))
+    parts = [(site.slot, weight, start + (delta.mT if site.transposed else delta))]
+    if bias is not None and shift is not None:
+        parts.append(("bias", bias, bias.detach().to(wide) + shift))
+    for slot, parameter, value in parts:
+        others = owners[id(parameter)][1:]  # as `merge`: what else shares it keeps its values
+        yield host, slot, put(host, slot, Held(data=value.to(parameter.dtype)), others)
 
 
 @contextmanager

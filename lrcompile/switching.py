@@ -73,12 +73,15 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
     sets = [adapter_set(model, site) for site in all_sites(state)]
     before = [adapters.active for adapters in sets]
     shown = list(dict.fromkeys(state.trained.in_place.values()))
-    folded = [(site, state.folds[site.name].base) for site in all_sites(state) if site.name in state.folds]
-    merged: list[tuple[Site, Held]] = []
+    folded = [(site, state.folds[site.name]) for site in all_sites(state) if site.name in state.folds]
+    merged: list[tuple[nn.Module, str, Held]] = []
     state.suspended += 1
     try:
-        for site, base in folded:
-            merged.append((site, exchange(model.get_submodule(site.host), site.slot, base)))
+        for site, fold in folded:
+            host = model.get_submodule(site.host)
+            merged.append((host, site.slot, exchange(host, site.slot, fold.base)))
+            if fold.bias is not None:
+                merged.append((host, "bias", exchange(host, "bias", fold.bias.base)))
         for adapters in sets:
             adapters.active = ()
         state.trained.show(model, ())
@@ -91,8 +94,8 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
             adapters.active = active
         state.trained.show(model, shown)
         settle(model, state)
-        for site, held in merged:
-            exchange(model.get_submodule(site.host), site.slot, held)
+        for host, slot, held in merged:
+            exchange(host, slot, held)
         rewrite_graphs(model, all_sites(state))
 
 

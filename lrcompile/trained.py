@@ -23,6 +23,8 @@ class Trained:
     """The base's bits of each parameter whose place an adapter's value has taken."""
     in_place: dict[str, str] = field(default_factory=dict)
     """Parameter → the adapter whose value it holds."""
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    """Values in place that a merge has put others over."""
 
     def names_of(self, adapter: str) -> tuple[str, ...]:
         return tuple(self.values.get(adapter, ()))
@@ -58,9 +60,16 @@ class Trained:
                 self.base[name], self.in_place[name] = parameter.data, adapter
                 _point(parameter, self.values[adapter][name])
 
+    def hide(self, name: str, value: Tensor) -> None:
+        """A merge puts another value over the one in place."""
+        if name in self.in_place:
+            self.hidden[name] = value
+
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """The current value of a parameter in this adapter, wherever it lies."""
-        return model.get_parameter(name).data if self.in_place.get(name) == adapter else self.values[adapter][name]
+        if self.in_place.get(name) != adapter:
+            return self.values[adapter][name]
+        return self.hidden.get(name, model.get_parameter(name).data)
 
     def write(self, model: nn.Module, adapter: str, name: str, value: Tensor) -> None:
         with torch.no_grad():
@@ -68,7 +77,7 @@ class Trained:
 
     def forget(self) -> None:
         """Make what is in place the only value there is."""
-        self.values, self.base, self.in_place = {}, {}, {}
+        self.values, self.base, self.in_place, self.hidden = {}, {}, {}, {}
 
     def _base_value(self, model: nn.Module, name: str) -> Tensor:
         return self.base.get(name, model.get_parameter(name).data)
