@@ -350,7 +350,7 @@ def test_another_adapter_that_trains_keeps_its_own_state_and_schedule():
 def test_a_method_that_computes_from_the_weight_cannot_act_beside_it():
     class Doubling(nn.Module):
         def forward(self, y, x, host=None):
-            return y + nn.functional.linear(x, host.weight)  # type: ignore[union-attr]
+            return y + nn.functional.linear(x, host.weight)
 
     model = plora()
     lrcompile.apply(model, lrcompile.spec("lora", rank=1), name="other")
