@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lrcompile.adapters  # noqa: F401 (registers the ops)
+import lrcompile.dialect.experts  # noqa: F401 (registers the ops)
 
 LORA = torch.ops.lrcompile.lora.default
 LOOKUP = torch.ops.lrcompile.lora_embedding.default
