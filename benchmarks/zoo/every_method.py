@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "corda": {"batches": 2},
     "lora-ga": {"batches": 2},
     "lora-one": {"batches": 2},
-    "lora-sb": {"batches": 2},
+    "lora-sb": {"batches": 2, "first_lr": 0.02},
 }
 """Fields beside rank and targets; {} where a method is not named."""
 
