@@ -32,6 +32,8 @@ def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callabl
     optimizer.register_step_post_hook(wiring.after)
     optimizer.register_load_state_dict_pre_hook(wiring.loading)
     optimizer.register_load_state_dict_post_hook(wiring.loaded)
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:  # bitsandbytes' calls no hooks
+        optimizer.load_state_dict = wiring.hooked(optimizer.load_state_dict)  # type: ignore[method-assign]
     wiring.start()
 
 
@@ -40,8 +42,6 @@ class _Wiring:
         self, optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callable[[], None], identity: str
     ):
         self.optimizer, self.rules, self.check, self.identity = optimizer, rules, check, identity
-        self.seen: dict[str, Any] | None = None
-        """The first group as the rules last started with it: a load exchanges it."""
         self.outer: FrameType | None = None
         """Of the step that is being taken."""
 
@@ -71,8 +71,6 @@ class _Wiring:
         return ((args[0], replaced, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": replaced})
 
     def begin(self) -> None:
-        if self.optimizer.param_groups[0] is not self.seen:  # bitsandbytes loads without calling hooks
-            self.start()
         if not _skipped(self.optimizer):
             self.check()
             with torch.no_grad(), _unscaled(self.optimizer):
@@ -96,13 +94,22 @@ class _Wiring:
     def loaded(self, _: Any) -> None:
         self.start()
 
+    def hooked(self, load: Callable[..., None]) -> Callable[..., None]:
+        """`load`, with what a hook would do: before the next forward, which a rule may have to prepare."""
+
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            self.loading(None, state_dict)
+            load(state_dict, *args, **kwargs)
+            self.loaded(None)
+
+        return load_state_dict
+
     def start(self) -> None:
         """Let the rules take up from the steps that the optimizer's state counts."""
         first = self.optimizer.param_groups[0]
         self.require_ours(first)
         first.setdefault(STEPS, 0)
         first[BELONGS] = self.identity
-        self.seen = first
         for rule in self.rules:
             rule.started(Step(self.optimizer, self.completed + 1))
 
