@@ -129,7 +129,7 @@ def _worker(rank: int, path: str) -> None:
 def test_every_process_of_a_group_finds_the_directions_of_the_summed_product(tmp_path):
     a, b = factors(20, 15, 11, decay=0.5)
     torch.save((a, b), tmp_path / "data.pt")
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = leading_directions(a, b, 3, seed=0)
     assert alone is not None
