@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompile.attaching import base_weight
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.factoring import Pair, compressed, contributing, factored
+from lrcompile.folding import bias_of
 from lrcompile.plain_specs import plain_spec
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
@@ -124,7 +125,7 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
             " merge it, and save the model"
         )
     adapters = {site.name: adapter_set(model, site)[name] for site in state.sites[name]}
-    if full := [each for each, adapter in adapters.items() if not isinstance(adapter, LowRank)]:
+    if full := [each for each, adapter in adapters.items() if _factors(adapter) is None]:
         if rank is None:
             raise AdapterError(
                 f"the update of {method.name} is not of low rank (at {listed(full)}): give rank=, to which its"
@@ -140,17 +141,20 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
 
 
 def _changes_bias(model: nn.Module, site: Site, adapter: Adapter) -> bool:
-    bias = model.get_submodule(site.host)._parameters.get("bias")
-    if bias is None or isinstance(adapter, LowRank):
-        return False
-    weight = base_weight(model, site)
+    bias = bias_of(model.get_submodule(site.host), site)
+    if type(adapter).bias_change is Adapter.bias_change:
+        return False  # and no weight need be dequantized to find out
     with torch.no_grad():
-        return adapter.bias_change(bias.detach(), weight, weight) is not None
+        return bias is not None and adapter.bias_change(bias, bias, base_weight(model, site)) is not None
+
+
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+    return adapter.beside_base() if isinstance(adapter, LowRank) else None
 
 
 def _pair(model: nn.Module, site: Site, adapter: Adapter, rank: int | None) -> Pair:
-    if isinstance(adapter, LowRank):
-        pair = Pair(*adapter.beside_base(), adapter.scale_value)
+    if (factors := _factors(adapter)) is not None:
+        pair = Pair(*factors, adapter.scale_value)
         return pair if rank is None or pair.rank <= rank else compressed(pair, rank)
     assert rank is not None  # `_check` asked
     weight = base_weight(model, site)

@@ -39,6 +39,7 @@ class OffsetAdapter(LoraAdapter):
         return (self.A, self.B) if self.folded else self.beside_base()
 
     def beside_base(self) -> tuple[Tensor, Tensor]:
+        """Those of rank 2r, whether the offset lies in the weight now or not."""
         return torch.cat((self.A, self.A0), dim=-2), torch.cat((self.B, -self.B0), dim=-1)
 
     @property

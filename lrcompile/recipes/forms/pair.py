@@ -26,9 +26,11 @@ class LowRank(Adapter):
         """A' and B', differentiable in the tensors that train."""
         raise NotImplementedError
 
-    def beside_base(self) -> tuple[Tensor, Tensor]:
-        """The factors with which plain LoRA computes the same beside the weight as it was before `apply`."""
-        return self.factors()
+    def beside_base(self) -> tuple[Tensor, Tensor] | None:
+        """The factors with which plain LoRA computes the same beside the weight as it was before `apply`; None for a
+        form that folds otherwise than as their product.
+        """
+        return self.factors() if type(self).change is LowRank.change else None
 
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         A, B = self.factors()
