@@ -155,7 +155,7 @@ def test_starting_changes_no_output_and_no_value():
 
 
 def test_the_factors_get_the_gradient_of_s_and_the_input_that_of_the_effective_weight():
-    model = nn.Sequential(nn.Linear(7, 5)).double()
+    model: Any = nn.Sequential(nn.Linear(7, 5)).double()
     delta_lora(model)
     adapter = pair(model)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,14 @@ from lrcompile.optim.rule import Rule, Step
 from lrcompile.optim.stages import trained_tensors
 from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.forms.pair import LoraAdapter, LowRank
+from lrcompile.recipes.initialisers.random import generator_of
 from lrcompile.sites import weight_of
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, require_settled, state_of
 from lrcompile.written import mark_written
+
+SEED = "lrcompile_unload_seed"
+"""Key of the seed of fresh factors in the parameter group of the adapter: `state_dict` keeps it."""
 
 
 class Unload(Rule):
@@ -33,7 +38,8 @@ class Unload(Rule):
 
     The sum is formed in float32 (float64 for a float64 base) with one rounding to W's dtype. What rounding took is in
     the report; `MergeError` where that is more than half of an update, with the model as the step left it. Fresh
-    factors are drawn from a seed made of the old ones, so replicas and resumed runs draw the same.
+    factors come from the spec's seed, else from one made of the factors before the first step, which replicas have in
+    common whatever their generators: replicas and resumed runs draw the same.
 
     The paper (arXiv 2402.16141) says that stages reset optimizer and schedule and that momentum damps the unload; its
     momentum formula, its period and its m could not be verified, so both are required fields, and the formula here is
@@ -58,6 +64,8 @@ class Unload(Rule):
                 f"an optimizer step while {', '.join(map(repr, state.merged))} is merged: {self.spec.method} writes the"
                 " weights; call lrcompile.unmerge(model) first"
             )
+        if step.number == 1:
+            self._group(step)[SEED] = self._seed()
         if step.number % self.spec.period == 1 % self.spec.period:
             self._require_additive()
 
@@ -68,7 +76,7 @@ class Unload(Rule):
         worst, where = self._measure(step.number)  # all sites before any is written
         for site, adapter in self._pairs():
             weight_of(self.model, site).copy_(self._update(site, adapter).new)
-            self._restart(site, adapter)
+            self._restart(site, adapter, step)
         for tensor in trained_tensors(self):
             step.optimizer.state.pop(tensor, None)
         mark_written(self.model, self.name, [site.parameter for site, _ in self.adapters()])
@@ -124,13 +132,24 @@ class Unload(Rule):
         lost = ((new.double() - old.double()) - delta.double()).norm()
         return _Update(new, float(lost / size) if size != 0 else 0.0)
 
-    def _restart(self, site: Site, adapter: LoraAdapter) -> None:
+    def _restart(self, site: Site, adapter: LoraAdapter, step: Step) -> None:
         if self.spec.momentum < 1:
             adapter.B.mul_(1 - self.spec.momentum)
             return
-        bits = adapter.A.detach().contiguous().view(torch.uint8).cpu().numpy()
-        generator = torch.Generator(adapter.A.device).manual_seed(zlib.crc32(bits.data))
+        stage = f"{site.name}, after step {step.number}"
+        generator = generator_of(self._group(step)[SEED], stage, adapter.A.device)
         adapter.begin(Start(site, self.spec, partial(base_weight, self.model, site), generator))
+
+    def _group(self, step: Step) -> dict[str, Any]:
+        return step.group_of(trained_tensors(self)[0])
+
+    def _seed(self) -> int:
+        if self.spec.seed is not None:
+            return self.spec.seed
+        seed = 0
+        for tensor in trained_tensors(self):
+            seed = zlib.crc32(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data, seed)
+        return seed
 
     def _note(self, said: str) -> None:
         mark = f"adapter {self.name!r}: unload after step "
