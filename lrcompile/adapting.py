@@ -93,6 +93,9 @@ def remove(model: nn.Module, name: str | None = None, *, keep_trained_weights: b
         refuse_written(model, names, "restore what the model was before apply")
     if state.merged:
         unmerge(model)
+    if keep_trained_weights:
+        for each in names:
+            state.trained.keep_written(model, each)
     state.notes += removal_notes(model, names)
     for each in names:
         active = {other: weight for other, weight in state.active.items() if other != each}

@@ -19,6 +19,7 @@ from lrcompile.errors import AdapterError, SpecError
 from lrcompile.state import State, has_state, require_name, state_of
 from lrcompile.wrapping import refuse_wrapped
 from lrcompile.writing import atomic_folder
+from lrcompile.written import refuse_written
 
 
 def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -76,6 +77,8 @@ def load(
     state = state_of(model) if has_state(model) else None
     if state is not None and name in state.specs and not replace:
         raise AdapterError(f"an adapter named {name!r} is there already; give replace=True, or another name=")
+    if state is not None and name in state.specs:
+        refuse_written(model, [name], f"replace adapter {name!r}")
     folder = Path(dir)
     with opened(folder) as checkpoint:
         try:
@@ -85,6 +88,7 @@ def load(
             raise as_adapter_error(error, folder) from error
         tensors = checkpoint.tensors.tensors()
     values = {place.unit.site.name: values_at(model, place, tensors) for place in plan.places}
+    own_layout.check_written(plan, tensors, folder)
     refuse_other_base_values(model, state, plan, tensors, folder)
     attach_filled(model, plan, name, values, tensors, trainable)
     return model

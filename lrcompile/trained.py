@@ -1,5 +1,5 @@
-"""Base parameters that an adapter trains in full (`train_modules`, biases): every adapter has its own values, the base
-keeps its bits.
+"""Base parameters that an adapter trains in full (`train_modules`, biases), or whose values, written by its method,
+were loaded with it: every adapter has its own values, the base keeps its bits.
 
 The parameter object never changes, only the storage it points at, so optimizers and names stay valid.
 """
@@ -25,29 +25,51 @@ class Trained:
     """Parameter → the adapter whose value it holds."""
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Values in place that a merge has put others over."""
+    written: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By adapter: parameters that do not train themselves; its method writes them."""
 
     def names_of(self, adapter: str) -> tuple[str, ...]:
-        return tuple(self.values.get(adapter, ()))
+        """What `adapter` trains in full."""
+        written = self.written.get(adapter, frozenset())
+        return tuple(name for name in self.values.get(adapter, ()) if name not in written)
 
     def add(self, model: nn.Module, adapter: str, names: Iterable[str]) -> None:
         """Let `adapter` have its own values of these parameters, starting from the base's."""
         chosen = {name: self._base_value(model, name).detach().clone() for name in names}
         if chosen:
-            self.values[adapter] = chosen
+            self.values.setdefault(adapter, {}).update(chosen)
+
+    def add_written(self, model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+        """Let `adapter` have its own values of these, which its method writes."""
+        if chosen := frozenset(names):
+            self.add(model, adapter, sorted(chosen))
+            self.written[adapter] = self.written.get(adapter, frozenset()) | chosen
+
+    def keep_written(self, model: nn.Module, adapter: str) -> None:
+        """Make what the method of `adapter` has written the base's own values."""
+        for name in self.written.pop(adapter, ()):
+            value = self.values[adapter].pop(name)
+            if self.in_place.get(name) == adapter:
+                del self.in_place[name], self.base[name]
+            elif name in self.base:
+                self.base[name] = value
+            else:
+                _point(model.get_parameter(name), value)
 
     def drop(self, model: nn.Module, adapter: str) -> None:
         self.show(model, [other for other in dict.fromkeys(self.in_place.values()) if other != adapter])
         self.values.pop(adapter, None)
+        self.written.pop(adapter, None)
 
     def show(self, model: nn.Module, adapters: Iterable[str]) -> None:
         """Put the values of these adapters in place, the base's bits everywhere else."""
         wanted: dict[str, str] = {}
         for adapter in adapters:
-            for name in self.names_of(adapter):
+            for name in self.values.get(adapter, ()):
                 if name in wanted:
                     raise AdapterError(
-                        f"adapters {wanted[name]!r} and {adapter!r} both train {name!r} in full, so they cannot be"
-                        " active together"
+                        f"adapters {wanted[name]!r} and {adapter!r} both train {name!r}, or brought a value of it, so"
+                        " they cannot be active together"
                     )
                 wanted[name] = adapter
         for name in [name for name, adapter in self.in_place.items() if wanted.get(name) != adapter]:
@@ -77,7 +99,7 @@ class Trained:
 
     def forget(self) -> None:
         """Make what is in place the only value there is."""
-        self.values, self.base, self.in_place, self.hidden = {}, {}, {}, {}
+        self.values, self.base, self.in_place, self.hidden, self.written = {}, {}, {}, {}, {}
 
     def _base_value(self, model: nn.Module, name: str) -> Tensor:
         return self.base.get(name, model.get_parameter(name).data)

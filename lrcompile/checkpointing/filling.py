@@ -8,12 +8,12 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lrcompile.adapting import remove
-from lrcompile.attaching import attach
+from lrcompile.attaching import attach, detach
 from lrcompile.checkpointing.plans import Plan
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.residuals import settle
 from lrcompile.state import State, adapter_set, has_state, state_of
-from lrcompile.switching import activate, rewrite_graphs, set_training
+from lrcompile.switching import rewrite_graphs
 
 T = TypeVar("T")
 
@@ -43,12 +43,13 @@ def attach_filled(
             _fill(adapter_set(model, site)[fresh], values[site.name], place.keys, placed)
         for key, parameter in plan.trained.items():
             state.trained.write(model, fresh, parameter, tensors[key])
+        state.trained.add_written(model, fresh, [site.parameter for site in plan.written.values()])
+        state.trained.show(model, state.active)
+        for key, site in plan.written.items():
+            state.trained.write(model, fresh, site.parameter, tensors[key])
         settle(model, state)
     except BaseException:
-        remove(model, fresh)
-        if has_state(model):
-            activate(model, before[0])
-            set_training(model, before[1])
+        detach(model, state, fresh, plan.matched.hit, *before)
         raise
     if taken:
         remove(model, name)
@@ -90,6 +91,7 @@ def _rename(model: nn.Module, state: State, old: str, new: str) -> None:
     _move(state.spared, old, new)
     _move(state.active, old, new)
     _move(state.trained.values, old, new)
+    _move(state.trained.written, old, new)
     state.training = tuple(new if each == old else each for each in state.training)
     state.trained.in_place = {key: new if each == old else each for key, each in state.trained.in_place.items()}
     rewrite_graphs(model, state.sites[new])

@@ -16,11 +16,17 @@ from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
 from lrcompile.wording import listed
+from lrcompile.written import written_by
 
 
 def origin_of(model: nn.Module, state: State, name: str) -> dict:
-    """What is recorded of the base of adapter `name`."""
-    return print_of(model, state, _told_by(model, state.sites[name]))
+    """What is recorded of the base of adapter `name`; no bits of weights that it brings itself."""
+    found = print_of(model, state, _told_by(model, state.sites[name]))
+    written = set(written_by(model, name))
+    for site in state.sites[name]:
+        if site.parameter in written:
+            found["sites"][site.name]["sha256"] = None
+    return found
 
 
 def matched_to_origin(

@@ -1,17 +1,19 @@
 """Adapters that PEFT has no words for: the same files, every tensor by site and name, shared ones written once.
 
-    adapter.<site>.<tensor>      base.<parameter>
+    adapter.<site>.<tensor>     base.<parameter trained in full>     written.<weight that the method has written>
 
 `peft_type` is one PEFT does not have, so that it refuses the folder instead of misreading it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.checkpointing.files import OURS, OWN, Checkpoint, Content
+from lrcompile.checkpointing.files import OURS, OWN, WEIGHTS, Checkpoint, Content
 from lrcompile.checkpointing.origin import matched_to_origin
 from lrcompile.checkpointing.plans import Plan, blanks, dtype_notes, rank_notes
 from lrcompile.errors import AdapterError
@@ -21,6 +23,7 @@ from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set
 from lrcompile.wording import listed
+from lrcompile.written import FLAG, written_by
 
 
 def content(model: nn.Module, state: State, name: str) -> Content:
@@ -41,6 +44,10 @@ def content(model: nn.Module, state: State, name: str) -> Content:
                 aliases[key] = first
     for parameter in state.trained.names_of(name):
         tensors[_base_key(parameter)] = state.trained.value(model, name, parameter).detach()
+    written_now = set(written_by(model, name))
+    for site in state.sites[name]:
+        if site.parameter in written_now:
+            tensors[_written_key(site)] = _written_value(model, state, name, site).detach()
     return Content(config, tensors, aliases)
 
 
@@ -62,8 +69,36 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
         for site in matched.hit
     ]
     trained = {_base_key(parameter): parameter for parameter in matched.trained}
-    notes = [*checkpoint.notes, *notes, *rank_notes(spec, matched.hit), *dtype_notes(model, trained, checkpoint)]
-    return Plan(spec, matched, places, trained, {}, tuple(notes))
+    written = {}
+    if recipe(spec.method).writes_base:
+        written = {key: site for site in matched.hit if (key := _written_key(site)) in checkpoint.tensors.entries}
+    valued = trained | {key: site.parameter for key, site in written.items()}
+    notes = [*checkpoint.notes, *notes, *rank_notes(spec, matched.hit), *dtype_notes(model, valued, checkpoint)]
+    return Plan(spec, matched, places, trained, written, {}, tuple(notes))
+
+
+def check_written(plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """A weight is there where its flag says that it was written, and only there."""
+    told = {
+        _written_key(place.unit.site) for place in plan.places if FLAG in place.keys and bool(tensors[place.keys[FLAG]])
+    }
+    if odd := sorted(told ^ set(plan.written)):
+        raise AdapterError(
+            f"{folder / WEIGHTS} does not hold the weights that its flags say were written: {listed(odd)}"
+        )
+
+
+def _written_value(model: nn.Module, state: State, name: str, site: Site) -> Tensor:
+    """The weight with what this adapter's training wrote, whoever's value is in its place now; below a merge."""
+    own, shown = state.trained.values.get(name, {}), state.trained.in_place.get(site.parameter)
+    if site.parameter in own and shown != name:
+        return own[site.parameter]
+    if site.parameter not in own and shown is not None:
+        return state.trained.base[site.parameter]
+    fold = state.folds.get(site.name)
+    if fold is not None and fold.base.data is not None:
+        return fold.base.data
+    return model.get_parameter(site.parameter).data
 
 
 def _key(site: Site, local: str) -> str:
@@ -72,6 +107,10 @@ def _key(site: Site, local: str) -> str:
 
 def _base_key(parameter: str) -> str:
     return f"base.{parameter}"
+
+
+def _written_key(site: Site) -> str:
+    return f"written.{site.parameter}"
 
 
 def _check_aliases(checkpoint: Checkpoint, known: dict[str, str]) -> None:

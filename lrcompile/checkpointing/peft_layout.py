@@ -80,7 +80,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     base = base_tensors(model)
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
     notes += rank_notes(spec, matched.hit) + dtype_notes(model, trained, checkpoint)
-    return Plan(spec, matched, found, trained, frozen, tuple(notes))
+    return Plan(spec, matched, found, trained, {}, frozen, tuple(notes))
 
 
 def tensors_of(spec: Spec) -> tuple[str, ...]:

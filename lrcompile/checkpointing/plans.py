@@ -22,6 +22,7 @@ from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
 from lrcompile.wording import listed
+from lrcompile.written import expect_writes
 
 _MAX_RANK = 1 << 24
 _META = torch.device("meta")
@@ -37,6 +38,8 @@ class Plan:
     """Where the tensors of each site are; a tensor that several sites share has one key."""
     trained: dict[str, str]
     """By key: the base parameter trained in full."""
+    written: dict[str, Site]
+    """By key: the site whose weight the method has written."""
     frozen: dict[str, str]
     """By key: what PEFT writes along of the base without training it; it must be what the base has."""
     notes: tuple[str, ...]
@@ -53,10 +56,13 @@ def blanks(spec: Spec, hit: tuple[Site, ...], folder: Path) -> dict[str, dict[st
             raise AdapterError(f"the adapter in {folder} has rank {rank} at {site.name}; no adapter has")
     form: type[Adapter] = part(method.form)
     shared = form.share(spec, hit, dtype=torch.float32, device=_META)
-    return {
-        site.name: form.build(spec, site, shared, dtype=torch.float32, device=_META).state_dict(keep_vars=True)
-        for site in hit
-    }
+    out = {}
+    for site in hit:
+        adapter = form.build(spec, site, shared, dtype=torch.float32, device=_META)
+        if method.writes_base:
+            expect_writes(adapter, _META)
+        out[site.name] = adapter.state_dict(keep_vars=True)
+    return out
 
 
 def rank_notes(spec: Spec, hit: tuple[Site, ...]) -> list[str]:
@@ -115,6 +121,7 @@ def check(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> None:
 
 def _expected(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {key: model.get_parameter(name) for key, name in plan.trained.items()}
+    out |= {key: model.get_parameter(site.parameter) for key, site in plan.written.items()}
     held = blanks(plan.spec, plan.matched.hit, checkpoint.folder)
     for place in plan.places:
         packed = pack(model, place.unit, held[place.unit.site.name])

@@ -94,7 +94,7 @@ def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
     for.
     """
     method = recipe(spec.method)
-    if (reason := why_not_lora(method, _tensors(method))) is not None:
+    if (reason := why_not_lora(method)) is not None:
         raise SpecError(f"{spec.method} has no counterpart in PEFT's LORA: {reason}", field="method")
     if unknown := sorted(set(more) - _USED - _HARMLESS - set(_UNSUPPORTED)):
         raise SpecError(f"PEFT's LoraConfig has no setting {', '.join(map(repr, unknown))}", field=unknown[0])
@@ -121,16 +121,16 @@ def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
     return data | _FORMS[_tensors(method)] | more
 
 
-def why_not_lora(method: Recipe, tensors: Iterable[str]) -> str | None:
-    """Why PEFT's LORA does not compute what `method` does with these tensors at each site; None if it does."""
+def why_not_lora(method: Recipe, tensors: Iterable[str] | None = None) -> str | None:
+    """Why PEFT's LORA does not compute what `method` does with these tensors (its form's own) at each site; None if it
+    does.
+    """
     if method.peft != "LORA":
-        return (
-            f"PEFT has it as {method.peft}, which is not written here yet" if method.peft else "PEFT does not have it"
-        )
+        return f"PEFT has it as {method.peft}, which is not read or written yet" if method.peft else "PEFT lacks it"
     if method.scale is not alpha_over_rank:
         return "its scale is another function of alpha and rank"
-    if frozenset(tensors) not in _FORMS:
-        return f"it keeps {', '.join(sorted(tensors))} at a site, PEFT a pair"
+    if (kept := _tensors(method) if tensors is None else frozenset(tensors)) not in _FORMS:
+        return f"it keeps {', '.join(sorted(kept))} at a site, PEFT a pair"
     return None
 
 
