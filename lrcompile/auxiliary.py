@@ -37,7 +37,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 def _aux_loss(model: nn.Module, state: State) -> Tensor:
     total = torch.zeros((), device=next((p.device for p in model.parameters()), None))
     for name in state.active if model.training else ():
-        function = _function(state, name)
+        function = state.aux.get(state.specs[name].method)
         if function is not None and name in state.training:
             adapters = [adapter_set(model, site)[name] for site in state.sites[name]]
             total = total + function(adapters, state.specs[name]).to(total.device)
@@ -48,21 +48,17 @@ def _aux_loss(model: nn.Module, state: State) -> Tensor:
     return total
 
 
-def _function(state: State, name: str) -> Any:
-    path = recipe(state.specs[name].method).aux
-    return None if path is None else part(path)
-
-
 def _mark(state: State, gradient: Tensor) -> None:
     state.aux_used = True
 
 
 def hook(model: nn.Module, state: State) -> None:
     """Let the output of `model` carry the auxiliary loss if one of its adapters has one, and nothing otherwise."""
-    wanted = any(recipe(spec.method).aux is not None for spec in state.specs.values())
-    if wanted and state.aux_hook is None:
+    recipes = [recipe(spec.method) for spec in state.specs.values()]
+    state.aux = {each.name: part(each.aux) for each in recipes if each.aux is not None}
+    if state.aux and state.aux_hook is None:
         state.aux_hook = model.register_forward_hook(_added, with_kwargs=True)
-    elif not wanted and state.aux_hook is not None:
+    elif not state.aux and state.aux_hook is not None:
         state.aux_hook.remove()
         state.aux_hook = None
 
@@ -109,4 +105,4 @@ def _shifts(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not decodes
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss and not decodes

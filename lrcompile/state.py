@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -46,6 +47,8 @@ class State:
     dead: tuple[str, ...] | None = None
     """Tensors no gradient reached; None as long as nobody looked."""
     notes: list[str] = field(default_factory=list)
+    aux: dict[str, Any] = field(default_factory=dict)
+    """The auxiliary losses in use, by method."""
     aux_used: bool = False
     """Has a backward pass gone through the auxiliary loss since the last optimizer step?"""
     aux_hook: RemovableHandle | None = None
