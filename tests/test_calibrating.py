@@ -62,9 +62,14 @@ def test_data_is_any_iterable(method):
 
 @pytest.mark.parametrize("method", GRADIENT + INPUT)
 def test_no_more_batches_are_drawn_than_the_spec_says(method):
-    taken = []
-    endless = (taken.append(seed) or batches(1, seed=seed)[0] for seed in count())
-    measured(method, Net(), endless, batches=3)
+    taken: list[int] = []
+
+    def endless():
+        for seed in count():
+            taken.append(seed)
+            yield from batches(1, seed=seed)
+
+    measured(method, Net(), endless(), batches=3)
     assert taken == [0, 1, 2]
 
 
@@ -205,11 +210,11 @@ def test_adapters_that_are_active_take_part():
     inputs = measured("corda", net, data)[2]["last"]
     lrcompile.apply(net, lrcompile.spec("lora", rank=2, seed=0), name="earlier")
     with torch.no_grad():
-        net.first.lrcompile_adapters["weight"]["earlier"].B.fill_(0.3)
+        net.get_parameter("first.lrcompile_adapters.weight.earlier.B").fill_(0.3)
     assert not torch.equal(plain, measured("lora-one", net, data)[2]["last"])
     assert not torch.equal(inputs, measured("corda", net, data)[2]["last"])
     lrcompile.apply(net, spec_of("lora-ga"), name="later", data=data)
-    assert net.first.lrcompile_adapters["weight"]["earlier"].A.grad is None
+    assert net.get_parameter("first.lrcompile_adapters.weight.earlier.A").grad is None
 
 
 @pytest.mark.parametrize("method", GRADIENT + INPUT)
@@ -306,8 +311,13 @@ def test_an_example_proves_a_measured_adapter_and_leaves_it_as_measured():
 
 
 def test_progress_appears_when_it_takes_long(monkeypatch):
-    seen = []
-    monkeypatch.setattr("lrcompile.batches.shown", lambda items, label, total: seen.append((label, total)) or items)
+    seen: list[tuple[str, int]] = []
+
+    def shown(items, label, total):
+        seen.append((label, total))
+        return items
+
+    monkeypatch.setattr("lrcompile.batches.shown", shown)
     measured("lora-ga", Net(), batches(), batches=4)
     measured("eva", Net(), batches(), batches=4)
     assert seen == [("lora-ga: gradients", 4), ("eva: inputs", 4)]

@@ -100,8 +100,7 @@ def _collected(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], 
             gradient = weight.grad
             weight.grad = None
             if gradient is not None:
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                sums[name].add_(dense.to(sums[name]))
+                sums[name].add_(gradient.to(sums[name]))
                 reached.add(name)
 
         return into_sum

@@ -57,7 +57,9 @@ class Principal:
 
     def explained(self) -> Tensor:
         """The share of each direction in the variance of all tokens, on the host; without those that rounding made."""
-        if not self._total > 0:
+        if not self.batches:
             return torch.empty(0)
-        noise = torch.finfo(self._values.dtype).eps * max(self.components.shape) * self._values[0]
+        size = (self._total + self.tokens * self._mean.square().sum()).sqrt()  # ‖x‖ of all tokens, before centring
+        eps = torch.finfo(self._values.dtype).eps
+        noise = eps * torch.maximum(4 * size, max(self.components.shape) * self._values[0])
         return (self._values[self._values > noise].square() / self._total).cpu()
