@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 
 def dropped(x: Tensor, p: float, A: Tensor) -> Tensor:
     """drop(x), of which A takes the product: zero with probability p, x/(1 − p) otherwise.
 
-    With a frozen A only the gradient of x needs the mask, and a seed stands for it, drawn from torch's CPU generator,
-    which `torch.manual_seed` and checkpointing rule over. A trained A has drop(x) kept anyway. Graphs under capture
-    have plain dropout: what they keep is their partitioner's choice, and a seed would be a constant in them.
+    With a frozen parameter A only the gradient of x needs the mask, and a seed stands for it, drawn from torch's CPU
+    generator, which `torch.manual_seed` and checkpointing rule over. A trained A has drop(x) kept anyway. Whether a
+    gradient is wanted now does not matter, since a checkpoint asks for none at first and draws again later. Graphs
+    under capture have plain dropout: what they keep is their partitioner's choice, and a seed were a constant there.
     """
-    if A.requires_grad or not x.requires_grad or not torch.is_grad_enabled() or detect_fake_mode([x]) is not None:
+    frozen = isinstance(A, nn.Parameter) and not A.requires_grad
+    if not frozen or detect_fake_mode([x]) is not None:
         return F.dropout(x, p, True)
     return _Replayed.apply(x, p, int(torch.randint(2**62, ())))
 
