@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.forms.pair import LoraAdapter
+from lrcompile.recipes.initialisers.svd import split, weight_of
 
 DAMPING = 0.01
 INVERSE_ERROR = 0.05
@@ -20,13 +21,11 @@ def corda(adapter: LoraAdapter, start: Start) -> None:
     a share of its mean diagonal, doubled from 1 %, is added until ‖C·C⁻¹ − I‖ < 0.05. The SVD is exact, in the dtype
     of the measurement.
     """
-    W, C = start.weight(), start.measured.to(adapter.A.device)
+    W, C = weight_of(adapter, start), start.measured.to(adapter.A.device)
     damped, inverse = _inverted(C)
     U, S, Vh = torch.linalg.svd(W.to(C.dtype) @ damped, full_matrices=False)
     chosen = slice(None, adapter.rank) if start.spec.mode == "ipm" else slice(len(S) - adapter.rank, None)
-    root = (S[chosen] / adapter.scale_value).sqrt()
-    adapter.A.copy_(root[:, None] * (Vh[chosen] @ inverse))
-    adapter.B.copy_(U[:, chosen] * root)
+    split(adapter, U[:, chosen], S[chosen], Vh[chosen] @ inverse)
 
 
 def _inverted(C: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,18 +20,10 @@ def lora_ga(adapter: LoraAdapter, start: Start) -> None:
     factor; PEFT's variant, which has them in B, lacks that property. `direction` ArB2r: a = 1…r, b = r+1…2r; A2rBr: the
     other way round; ArBr: a even, b odd ones (counted from 1).
 
-    Raises `SpecError` where G has not 2r singular vectors.
+    Raises `SpecError` where G has not 2r singular pairs.
     """
     G, rank = _gradient(adapter, start), adapter.rank
-    most = min(adapter.in_features, adapter.out_features) // 2
-    if rank > most:
-        raise SpecError(
-            f"{start.spec.method} takes 2·rank singular vectors of the gradient, so rank={rank} is above {most}, the"
-            f" most that the {adapter.out_features}×{adapter.in_features} map {start.site.name!r} allows; lower it"
-            " (rank, rank_pattern), or exclude the site",
-            field="rank",
-        )
-    found = _leading(G, 2 * rank, rank, start)
+    found = _leading(G, 2 * rank, adapter, start)
     first, second = slice(0, rank), slice(rank, 2 * rank)
     odd, even = slice(0, None, 2), slice(1, None, 2)
     a, b = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (even, odd)}[start.spec.direction]
@@ -48,7 +40,7 @@ def lora_one(adapter: LoraAdapter, start: Start) -> None:
     starts as plain LoRA.
     """
     G = _gradient(adapter, start)
-    found = _leading(G, adapter.rank, adapter.rank, start)
+    found = _leading(G, adapter.rank, adapter, start)
     largest = found.S[..., :1]
     there = largest > 0
     root = (found.S / torch.where(there, largest, 1)).sqrt() / start.spec.gamma**0.5
@@ -64,15 +56,26 @@ def lora_sb(adapter: CoreAdapter, start: Start) -> None:
     ahead  (arXiv 2411.19557).
     """
     step = -start.spec.first_lr * _gradient(adapter, start).sign()
-    found = _leading(step, adapter.rank, adapter.rank, start)
+    found = _leading(step, adapter.rank, adapter, start)
     adapter.A.copy_(found.Vh)
     adapter.M.copy_(torch.diag_embed(found.S))
     adapter.B.copy_(found.U)
 
 
-def _gradient(adapter: LoraAdapter | CoreAdapter, start: Start) -> Tensor:
+Factors = LoraAdapter | CoreAdapter
+
+
+def _gradient(adapter: Factors, start: Start) -> Tensor:
     return start.measured.to(adapter.A.device)
 
 
-def _leading(matrix: Tensor, count: int, rank: int, start: Start) -> Triplets:
-    return leading(matrix, count, width=min(4 * rank, *matrix.shape[-2:]), generator=start.generator)
+def _leading(matrix: Tensor, count: int, adapter: Factors, start: Start) -> Triplets:
+    there, each = min(matrix.shape[-2:]), count // adapter.rank
+    if count > there:
+        raise SpecError(
+            f"{start.spec.method} takes {count} singular pairs of the gradient at {start.site.name!r}, which has only"
+            f" {there}: a rank of {there // each} is the most there; lower rank or rank_pattern, or exclude the site",
+            field="rank",
+        )
+    width = min(4 * adapter.rank, there)
+    return leading(matrix, count, width=width, generator=start.generator)
