@@ -21,19 +21,18 @@ weight's dtype. approximate: an error the pass states and measures."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """s·B·A, to be added to one view of a weight."""
+class Update(ABC):
+    """What an adapter makes of one view of a tensor."""
 
     view: View
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    transposed: bool
-    """The view is [in, out]."""
 
-    def add_to(self, weight: Tensor) -> None:
-        delta = (self.B.to(weight.dtype) @ self.A.to(weight.dtype)).mul_(self.scale.to(weight.dtype))
-        self.view.of(weight).add_(delta.mT if self.transposed else delta)
+    def __call__(self, tensor: Tensor, base: Tensor) -> None:
+        """Change `tensor` in place; `base` is what it was before every update, perhaps in a narrower dtype."""
+        self.act(self.view.of(tensor), self.view.of(base))
+
+    @abstractmethod
+    def act(self, part: Tensor, base: Tensor) -> None:
+        """The same for the view alone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Pending:
         base = self.base()
         weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
         for update in self.updates:
-            update.add_to(weight)
+            update(weight, base)
         return weight.to(self.dtype)
 
 
