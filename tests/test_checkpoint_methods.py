@@ -257,6 +257,39 @@ def test_another_base_is_refused(method: str, tmp_path: Path):
 # Codes that a method chose together with its factors
 
 
+TAKING_NF4 = [name for name in ADDING if recipe(name).nf4 is None]
+
+
+@pytest.mark.parametrize("method", TAKING_NF4)
+def test_an_adapter_of_an_nf4_base_comes_back_there_and_on_no_other(method: str, tmp_path: Path):
+    def nf4(seed: int = 0) -> nn.Module:
+        plain = linear()
+        with torch.no_grad():
+            plain.get_parameter("layers.2.weight").add_(seed)
+        return lrcompile.quantize(plain, targets=r"layers\.\d")
+
+    model = filled(started(nf4(), spec_of(method)))
+    lrcompile.save(model, tmp_path / "a")
+    assert torch.equal(out(lrcompile.load(nf4(), tmp_path / "a").eval()), out(model))
+    refused(tmp_path / "a", "layers.2 has other values", nf4(1))
+
+
+FOLDING = [name for name in METHODS if "residual" in recipe(name).options]
+
+
+@pytest.mark.parametrize("method", FOLDING)
+def test_a_residual_in_the_weight_is_formed_anew(method: str, tmp_path: Path):
+    model = adapted(method, residual="fold")
+    lrcompile.activate(model, "default")  # the factors were filled behind its back
+    lrcompile.save(model, tmp_path / "a")
+    again = lrcompile.load(linear(), tmp_path / "a").eval()
+    assert not torch.equal(again.get_parameter("layers.0.weight"), linear().get_parameter("layers.0.weight"))
+    assert torch.equal(out(again), out(model))
+    assert all(torch.equal(t, again.state_dict()[key]) for key, t in model.state_dict().items())
+    lrcompile.remove(again)
+    same(everything(linear()) | {"identities": 0}, everything(again) | {"identities": 0})
+
+
 @pytest.mark.parametrize("method", CHOSEN_CODES)
 def test_chosen_codes_are_recognised_and_no_others_are_taken(method: str, tmp_path: Path):
     lrcompile.save(adapted(method), tmp_path / "a")
@@ -457,7 +490,7 @@ def test_training_goes_on_bit_for_bit_after_a_load(method: str, tmp_path: Path):
         filled(model)
         lrcompile.activate(model, "default", train="default")
     base = base_for(method, model)
-    cls = getattr(lrcompile, "LoraRite", None) if method == "lora-rite" else torch.optim.AdamW
+    cls: Any = getattr(lrcompile, "LoraRite", None) if method == "lora-rite" else torch.optim.AdamW
     optimizer = lrcompile.optimizer(model, cls, lr=1e-2)
     trained(model, optimizer, range(3))
     lrcompile.save(model, tmp_path / "a")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -62,10 +62,10 @@ def _fill(adapter: Adapter, values: Mapping[str, Tensor], keys: Mapping[str, str
     for name in adapter.state_dict(keep_vars=True):
         owner, _, local = name.rpartition(".")
         module = adapter.get_submodule(owner)
-        own = module._parameters if local in module._parameters else module._buffers
+        own: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
         held, key = own[local], keys[name]
         if key in placed:
-            own[local] = placed[key]  # type: ignore[assignment]
+            own[local] = placed[key]
         elif isinstance(held, nn.Parameter):
             held.data = values[name]
             placed[key] = held
