@@ -1,10 +1,10 @@
-"""`save` and `load`: adapters as folders in PEFT's layout, exchanged as a whole, read as hostile."""
+"""`save` and `load`: adapters as folders, in PEFT's layout where it has one, exchanged as a whole, read as hostile."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -23,14 +23,23 @@ from lrcompile.written import refuse_written
 
 
 def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Write A, B and what was trained in full of one adapter, or of all, as PEFT does: `adapter_config.json`,
-    `adapter_model.safetensors`.
+    """Write every tensor of one adapter, or of all, and what else it changed: parameters trained in full, weights that
+    its method has written (`plora` after an unload, `galore` after a step).
+
+    As PEFT does where PEFT's LORA computes the same from the same tensors (A and B, and m of DoRA):
+    `adapter_config.json` and `adapter_model.safetensors`. Otherwise the same files in a layout of our own, under a
+    `peft_type` that PEFT refuses: every tensor that trains or is frozen, by site and name, those that sites share once.
+    `lrcompile.to_lora` makes plain LoRA, which PEFT reads, of the methods that allow it.
 
     One adapter, or the one called `name`, goes to the top of `dir`; of several, "default" goes to the top and each
     other into a sub-folder of its name. Beside PEFT's files lies `lrcompile.json` with the exact spec and a print of
-    the base. While merged, the factors are written. The folder is exchanged as a whole: whoever looks finds the old
-    adapter or the new one. Everything else in it (a README, other adapters) stays. Factors keep their dtype. Returns
-    the folder.
+    the base. While merged, the tensors are written as they are without. The folder is exchanged as a whole: whoever
+    looks finds the old adapter or the new one. Everything else in it (a README, other adapters) stays. Tensors keep
+    their dtype. Returns the folder.
+
+    Training resumes bit for bit from this folder and the optimizer's own `state_dict`. What is not in it is the base:
+    for `qpissa` and `loftq` that is the NF4 codes they chose together with the factors, so keep the quantized base too
+    (`state_dict` of a copy after `lrcompile.remove`); `load` recognises them by their hash.
 
     Raises `AdapterError` for a name that is not there, tensors that are not finite, on the meta device or sharded, a
     folder that cannot be written or that this process works in; what was there before is then untouched.
@@ -61,16 +70,21 @@ def load(
     trainable: bool = False,
     replace: bool = False,
 ) -> nn.Module:
-    """y = xWᵀ + b + s·(xAᵀ)Bᵀ with the A, B and s of an adapter folder, ours or PEFT's; in place, returns `model`.
+    """y = f(xWᵀ + b, x) with the form f, tensors and scale of an adapter folder, ours or PEFT's; in place, returns
+    `model`. For LoRA y = xWᵀ + b + s·(xAᵀ)Bᵀ.
 
     The adapter becomes the only active one, and trains only if `trainable`. Tensors keep the checkpoint's bits and
     dtype (those trained in full take the dtype of the parameter they stand for). With `replace` it takes the place of
-    the adapter of that name. Nothing is unpickled. `nn.MultiheadAttention` computes the documented mathematics; PEFT
-    0.21 applies the update of its `out_proj` twice, and the report says so.
+    the adapter of that name. Nothing is unpickled, and no method needs its data again. Weights that the method had
+    written take the place of the base's, whose bits are kept: `disabled` and `remove` give them back. With
+    `residual="fold"` the weights are formed anew from the base's. `qpissa` and `loftq` load into the NF4 base with the
+    codes they chose and into no other: quantize the float base as their spec says, then give it the saved codes with
+    `load_state_dict`. `nn.MultiheadAttention` computes the documented mathematics; PEFT 0.21 applies the update of its
+    `out_proj` twice, and the report says so.
 
-    Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and values that are not finite; or
-    that says what differs between this base and the adapter's, or which setting has no counterpart. On any error the
-    model is as it was.
+    Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and dtypes, values that are not
+    finite; or that says what differs between this base and the adapter's, or which setting has no counterpart. On any
+    error the model is as it was.
     """
     refuse_wrapped(model, "load into")
     _refuse_peft_model(model)
@@ -118,7 +132,7 @@ def _content(model: nn.Module, state: State, name: str) -> Content:
     _refuse_absent(content.tensors)
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in content.tensors.items()}
     finite(tensors)
-    return replace(content, tensors=tensors)
+    return dataclasses.replace(content, tensors=tensors)
 
 
 def _refuse_absent(tensors: dict[str, Tensor]) -> None:
