@@ -345,3 +345,27 @@ def test_its_start_is_the_base_to_the_bit_and_only_the_pair_trains():
     assert torch.equal(model(X), base()(X))
     names = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {"A", "B"}
+
+
+def test_under_autocast_the_factors_keep_their_bits_and_their_gradients_their_share():
+    model: Any = nn.Sequential(nn.Linear(7, 5))
+    delta_lora(model, dtype=None)
+    adapter = pair(model)
+    with torch.no_grad():
+        adapter.B.normal_()
+        adapter.follow()
+    grads = {}
+    for following in (True, False):
+        adapter.zero_grad()
+        adapter.follows = following
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(X.float())
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        grads[following] = (adapter.A.grad.clone(), adapter.B.grad.clone())
+        A, _ = adapter.factors()
+        assert torch.equal(A[:RANK], adapter.A)
+        assert A.dtype == torch.float32
+    for followed, plain in zip(grads[True], grads[False], strict=True):
+        # Both are sums of a few products of bfloat16 numbers; 2⁻⁸ is its unit roundoff.
+        torch.testing.assert_close(followed, plain, rtol=2**-5, atol=2**-5 * float(plain.abs().max()))

@@ -1,4 +1,9 @@
-"""PeriodicLoRA (arXiv 2402.16141): every `period` steps the factors are unloaded into W and the run starts again."""
+"""PeriodicLoRA (arXiv 2402.16141): every `period` steps the factors are unloaded into W and the run starts again.
+
+A stage is `period` steps, and the learning rates given to the first are those of every stage: a scheduler is to be made
+for `period` steps, warm-up included, not for the whole training. `momentum` is the share m that is unloaded; 1 unloads
+everything and draws new factors. Training writes the base: see `lrcompile.remove`.
+"""
 
 from lrcompile.recipes.recipe import REQUIRED, Recipe, integer, number
 
