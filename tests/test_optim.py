@@ -23,7 +23,7 @@ def train(m, optimizer, steps=3, scheduler=None):
     g = torch.Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
-        m(torch.randn(4, 6, generator=g)).square().mean().backward()
+        m(torch.randn(4, 6, generator=g, dtype=next(m.parameters()).dtype)).square().mean().backward()
         optimizer.step()
         if scheduler:
             scheduler.step()
@@ -129,3 +129,30 @@ def test_something_else_than_a_model_or_an_optimizer_class_is_an_adapter_error()
         lrcompile.optimizer(model, "adam", 0.1)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="expected a torch"):
         lrcompile.report(None)  # type: ignore[arg-type]
+
+
+POLICIES = [
+    ("lora+", torch.optim.AdamW),
+    ("lora-fa", torch.optim.AdamW),
+    ("lora-pro", torch.optim.AdamW),
+    ("lora-rite", lrcompile.LoraRite),
+]
+
+
+@pytest.mark.parametrize(("method", "cls"), POLICIES, ids=[method for method, _ in POLICIES])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_each_policy_trains_a_compiled_model_as_it_does_an_eager_one(method, cls, dropout):
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        m: Any = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        lrcompile.apply(m, lrcompile.spec(method, rank=2, seed=0, dropout=dropout))
+        before = [p.detach().clone() for p in m.parameters() if p.requires_grad]
+        run: Any = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
+        train(run, lrcompile.optimizer(run, cls, lr=1e-2), 5)
+        ends.append([p.detach().clone() for p in m.parameters() if p.requires_grad])
+        moved = [bool((end != start).any()) for end, start in zip(ends[-1], before, strict=True)]
+        assert all(moved)
+    if not dropout:
+        for eager, captured in zip(*ends, strict=True):
+            torch.testing.assert_close(captured, eager, rtol=1e-9, atol=1e-9)

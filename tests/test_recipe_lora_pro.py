@@ -66,11 +66,8 @@ def test_no_other_gradients_come_nearer(inside, out, rank, seed, s):
     best = (tangent(A, B, dA, dB, s) - G).norm()
     g = torch.Generator().manual_seed(seed)
     for size in (1e-3, 1.0):
-        other = [
-            dA + size * torch.randn(dA.shape, generator=g).double(),
-            dB + size * torch.randn(dB.shape, generator=g),
-        ]
-        assert (tangent(A, B, *other, s) - G).norm() >= best - slack(A, B, G)
+        A_too, B_too = (each + size * torch.randn(each.shape, generator=g) for each in (dA, dB))
+        assert (tangent(A, B, A_too, B_too, s) - G).norm() >= best - slack(A, B, G)
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)
