@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from lrcompile.batches import Loss as Loss
-from lrcompile.errors import SpecError
+from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import Matched
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.specs import Spec
+from lrcompile.wrapping import refuse_meta
 
 
 def calibrated(
@@ -22,7 +23,8 @@ def calibrated(
     """What the recipe's calibration found, by site name; the spec with what it decided (ranks, say), and what matched
     with its notes.
 
-    Raises `SpecError` where the method needs data and has none, or takes none and was given some.
+    Raises `SpecError` where the method needs data and has none, or takes none and was given some; what its calibration
+    raises; `AdapterError` for a model without values.
     """
     method = recipe(spec.method)
     if method.calibration is None:
@@ -36,6 +38,7 @@ def calibrated(
             " output.loss",
             field="data",
         )
+    refuse_meta(model, f"apply {spec.method}, which runs it", AdapterError)
     calibration = part(method.calibration)(model, spec, matched.hit)
     spec, measured = calibration.run(data, loss)
     return spec, replace(matched, notes=(*matched.notes, *calibration.notes)), measured

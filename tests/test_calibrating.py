@@ -294,6 +294,14 @@ def test_methods_that_need_data_say_so_and_others_refuse_it():
         lrcompile.apply(Net(), lrcompile.spec("lora", rank=2), data=batches())
 
 
+def test_a_model_on_the_meta_device_says_to_load_its_weights_first():
+    with torch.device("meta"):
+        net = Net()
+    for method in GRADIENT + INPUT:
+        with pytest.raises(lrcompile.AdapterError, match=f"meta device.*load the weights first, then apply {method}"):
+            lrcompile.apply(net, spec_of(method), data=batches())
+
+
 def test_nothing_is_measured_for_an_adapter_that_cannot_be_added():
     net = lrcompile.apply(Net(), lrcompile.spec("lora", rank=2))
     with pytest.raises(lrcompile.AdapterError, match="applied already"):
