@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.checkpointing.files import Checkpoint, Content, as_adapter_error
+from lrcompile.checkpointing.files import OURS, Checkpoint, Content, as_adapter_error
 from lrcompile.checkpointing.origin import matched_to_origin
-from lrcompile.checkpointing.plans import Plan, base_tensors, dtype_notes, rank_notes
+from lrcompile.checkpointing.plans import Plan, base_tensors, blanks, dtype_notes, rank_notes
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.interop.peft_config import spec_to_peft, why_not_lora
 from lrcompile.interop.peft_fitting import by_parameter, fitted
@@ -74,6 +74,12 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
         trained = {key: each for key, each in trained.items() if key in keys or not _only_ours(each)}
         spec = _with_dtype(spec, [entries[key].dtype for key in keys - set(trained)])
         notes += _attention_note(adapted)
+    for site, held in blanks(spec, matched.hit, checkpoint.folder).items():
+        if beyond := sorted(set(held) - set(tensors)):
+            raise AdapterError(
+                f"the adapter in {checkpoint.folder} is {spec.method}, which keeps {', '.join(beyond)} at {site} too;"
+                f" PEFT's layout has no place for that, so {OURS} is not the file that was written with it"
+            )
     matched = replace(matched, trained=tuple(trained.values()))
     found = places(model, adapted, tensors)
     known = set(trained) | {key for place in found for key in place.keys.values()}
