@@ -6,12 +6,17 @@ from typing import Literal
 
 from lrcompile.passes.base import Pass
 from lrcompile.passes.dequantize_nf4 import DequantizeNf4
+from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
+from lrcompile.passes.expand_gains import ExpandGains
+from lrcompile.passes.expand_hadamard import ExpandHadamard
 from lrcompile.passes.expand_lora import ExpandLora
 from lrcompile.passes.expand_nf4 import ExpandNf4
 from lrcompile.passes.fold_factors import FoldFactors
+from lrcompile.passes.fold_gains import FoldGains
 from lrcompile.passes.fold_scale import FoldScale
-from lrcompile.passes.merge_lora import MergeLora
+from lrcompile.passes.fuse_input_gains import FuseInputGains
+from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.pipeline import Pipeline
 from lrcompile.passes.prune_ranks import PruneRanks
 from lrcompile.passes.quantize_nf4 import QuantizeNf4
@@ -28,14 +33,19 @@ def deploy(
         (
             # 1. adapters
             DropZeroAdapters(),
+            FoldGains(),
+            DropUnitGains(),
             FoldFactors(),
             PruneRanks(),
             *((DequantizeNf4(into),) if into is not None else none),
-            *((MergeLora(),) if adapters == "merge" else none),
+            *((MergeAdapters(),) if adapters == "merge" else none),
+            FuseInputGains(),
+            ExpandHadamard(),
             FoldScale(),
             # 2. storage of the weights
             *((QuantizeNf4(),) if quantize else none),
             # 3. out of the dialect
+            ExpandGains(),
             ExpandLora(),
             *(none if keep_nf4 else (ExpandNf4(),)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ from torch import fx
 from lrcompile.errors import SpecError
 from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4
 from lrcompile.passes.base import Equivalence, Pass, Pending, Program, Result
-from lrcompile.passes.nodes import LORA, NF4_LINEAR, call, tidy
+from lrcompile.passes.folding import NotFoldable
+from lrcompile.passes.input_gains import gained
+from lrcompile.passes.nodes import GAIN, HADAMARD, INPUT_GAIN, LORA, NF4_LINEAR, call, tidy
 from lrcompile.passes.tensors import Tensors, substitute
 
 aten = torch.ops.aten
@@ -37,7 +40,7 @@ class DequantizeNf4(Pass):
 
     def apply(self, program: Program) -> Result:
         graph, tensors = program.exported.graph, Tensors(program.exported)
-        found = [n for n in graph.nodes if n.target is NF4_LINEAR and any(user.target is LORA for user in n.users)]
+        found = _adapted(graph)
         weights: dict[fx.Node, fx.Node] = {}  # by codes: a layer called twice keeps one weight
         for node in found:
             codes: Any = node.args[1]
@@ -77,3 +80,16 @@ class DequantizeNf4(Pass):
             linear = graph.call_function(aten.linear.default, (x, read, None if bias is None else cast(bias)))
         linear.meta = dict(node.meta)
         substitute(program.exported, node, linear)
+
+
+def _adapted(graph: fx.Graph) -> list[fx.Node]:
+    """The NF4 maps that an adapter adds to, scales, or has a second product with."""
+    found = {n: None for n in graph.nodes if n.target is NF4_LINEAR and any(u.target in _ADAPTERS for u in n.users)}
+    for gain in [node for node in graph.nodes if node.target is INPUT_GAIN]:
+        with suppress(NotFoldable):  # left as it is, for the merge to say why
+            both = gained(gain)
+            found |= {each: None for each in (both.base, both.more) if each.target is NF4_LINEAR}
+    return list(found)
+
+
+_ADAPTERS = (LORA, GAIN, HADAMARD)

@@ -68,18 +68,19 @@ Match = Callable[[fx.Node, Tensors, Program], Fold | None]
 def fold_all(program: Program, match: Match) -> Result:
     """Fold whatever `match` takes, from the products outwards: what sits on an adapter comes when that is folded."""
     tensors = Tensors(program.exported)
-    refusals: dict[fx.Node, Refusal] = {}
     count = 0
-    while found := _next_layer(program, tensors, match, refusals):
+    found, refusals = _layer(program, tensors, match)
+    while found:
         _erase(program, tensors, found)
         count += len(found)
+        found, refusals = _layer(program, tensors, match)
     if count:
         tidy(program.exported)
-    return Result(count, tuple(refusals.values()))
+    return Result(count, refusals)
 
 
-def product_below(node: fx.Node, y: Any, tensors: Tensors, lookup: bool = False) -> Product:
-    """The product with a held weight that gives `y`, which only `node` reads."""
+def product_below(y: Any, tensors: Tensors, lookup: bool = False) -> Product:
+    """The product with a held weight that gives `y`; nothing else may read its result on the way there."""
     product, passed = through_reshapes(y)
     if not isinstance(product, fx.Node) or product.op != "call_function":
         raise NotFoldable("its base output is not computed by this model")
@@ -112,6 +113,13 @@ def through_reshapes(node: Any) -> tuple[Any, list[fx.Node]]:
     return node, passed
 
 
+def place(view: View, transposed: bool) -> tuple[Any, ...]:
+    """Which numbers of which tensor a view reads as `[out, in]`, or as `[in, out]` if `transposed`."""
+    part = view.of(torch.empty(tuple(view.source.meta["val"].shape), device="meta"))
+    part = part.mT if transposed else part
+    return (view.source, part.storage_offset(), part.stride(), part.shape)
+
+
 def require_same_input(product: Product, x: Any) -> None:
     if through_reshapes(product.given)[0] is not through_reshapes(x)[0]:
         raise NotFoldable("it reads another input than its base does")
@@ -124,23 +132,20 @@ def held_values(tensors: Tensors, nodes: Any, what: str = "factors") -> list[Any
     return values
 
 
-def _next_layer(program: Program, tensors: Tensors, match: Match, refusals: dict[fx.Node, Refusal]) -> list[Fold]:
+def _layer(program: Program, tensors: Tensors, match: Match) -> tuple[list[Fold], tuple[Refusal, ...]]:
+    """The nodes that sit on their product now, and why the others do not."""
     found: list[Fold] = []
+    refusals: list[Refusal] = []
     for node in program.exported.graph.nodes:
-        if node.op != "call_function" or node in refusals or _is_stacked(node, found):
+        if node.op != "call_function":
             continue
         try:
             fold = match(node, tensors, program)
         except NotFoldable as reason:
-            refusals[node] = Refusal(site_of(node, tensors), str(reason))
-            continue
-        if fold is not None:
-            found.append(fold)
-    return found
-
-
-def _is_stacked(node: fx.Node, found: list[Fold]) -> bool:
-    return any(fold.node is through_reshapes(each)[0] for fold in found for each in node.args[:1])
+            refusals.append(Refusal(site_of(node, tensors), str(reason)))
+        else:
+            found += [] if fold is None else [fold]
+    return found, tuple(refusals)
 
 
 def _erase(program: Program, tensors: Tensors, found: list[Fold]) -> None:

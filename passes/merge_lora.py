@@ -71,7 +71,7 @@ def _match(node: fx.Node, tensors: Tensors, program: Program) -> Fold | None:
     y, x, *factors = node.args[:5]
     if node.target is LORA and len(node.args) > 5 and node.args[5]:
         raise NotFoldable("its dropout is active")
-    base = product_below(node, y, tensors, lookup=node.target is LOOKUP)
+    base = product_below(y, tensors, lookup=node.target is LOOKUP)
     require_same_input(base, x)
     A, B, scale = held_values(tensors, factors)
     expected = torch.Size((*B.shape[:-1], A.shape[-1]))

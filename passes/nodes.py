@@ -8,23 +8,31 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from lrcompile import dialect as dialect  # these three register torch.ops.lrcompile
+from lrcompile import dialect as dialect  # these register torch.ops.lrcompile
 from lrcompile.dialect import experts as experts
+from lrcompile.dialect import gain as gain
+from lrcompile.dialect import hadamard as hadamard
 from lrcompile.dialect import nf4 as nf4
 from lrcompile.passes.tensors import Tensors
 
 LORA = torch.ops.lrcompile.lora.default
 LOOKUP = torch.ops.lrcompile.lora_embedding.default
 EXPERTS = torch.ops.lrcompile.lora_experts.default
-ADAPTERS = (LORA, LOOKUP, EXPERTS)
-"""Ops of the form op(y, x, A, B, scale, …) that add an adapter's output to y."""
+HADAMARD = torch.ops.lrcompile.hadamard.default
+ADAPTERS = (LORA, LOOKUP, EXPERTS, HADAMARD)
+"""Ops of the form op(y, x, A, B, scale, …) that add to y what is linear in A, B and scale."""
+GAIN = torch.ops.lrcompile.gain.default
+INPUT_GAIN = torch.ops.lrcompile.input_gain.default
+GAINS = (GAIN, INPUT_GAIN)
+"""Ops of the form op(value, g, …) that do nothing where g is one."""
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
 
 
 def adapted_sites(program: ExportedProgram) -> list[str]:
     """The sites whose adapters are nodes of the program, in order."""
     tensors = Tensors(program)
-    return list(dict.fromkeys(site_of(node, tensors) for node in program.graph.nodes if node.target in ADAPTERS))
+    found = [node for node in program.graph.nodes if node.target in ADAPTERS + GAINS]
+    return list(dict.fromkeys(site_of(node, tensors) for node in found))
 
 
 def nf4_sites(program: ExportedProgram) -> list[str]:
@@ -36,7 +44,8 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:
     """The site an adapter node belongs to: where its factors live, or else the name of the node."""
-    name = _module_of(node) or adapter_target(node.args[2], tensors) or node.name
+    own = node.args[1 if node.target in GAINS else 2]
+    name = _module_of(node) or adapter_target(own, tensors) or node.name
     host, mark, rest = name.partition("lrcompile_adapters.")
     slot = rest.split(".")[0]
     return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else name.removesuffix(".A")

@@ -193,6 +193,7 @@ def test_the_report_prints_each_site_and_the_worst():
     report = lrcompile.merge(applied(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))))
     assert {site.name for site in report.sites} == {"0", "1"}
     assert report.adapter_relative_error == max(s.adapter_relative_error for s in report.sites)
+    assert report.worst is not None
     assert f"worst adapter-relative error {report.adapter_relative_error:.2e} at {report.worst.name}" in str(report)
     assert report.to_dict()["adapters"] == ["default"]
 

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
 from lrcompile.passes.base import Pass, Program, Result
 from lrcompile.passes.dequantize_nf4 import DTYPES
+from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
-from lrcompile.passes.nodes import ADAPTERS, adapted_sites, nf4_sites, site_of
+from lrcompile.passes.merge_adapters import MergeAdapters
+from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, nf4_sites, site_of
 from lrcompile.passes.tensors import Tensors
 
 FORMS = ("auto", "merge", "inline")
@@ -61,12 +63,12 @@ class _Sites:
     """Callback of the pipeline: what sites hold before a later pass spells it out in plain operations."""
 
     trained: list[str] = field(default_factory=list)
-    """With an adapter that is more than zero; an update of zero is in every weight already."""
+    """With an adapter that does something; an update of zero and a gain of one are in every weight already."""
     nf4: list[str] = field(default_factory=list)
 
     def __call__(self, each: Pass, program: Program) -> Callable[[Result], None]:
         def after(_: Result) -> None:
-            if each.name == DropZeroAdapters.name:
+            if each.name in (DropZeroAdapters.name, DropUnitGains.name):
                 self.trained = adapted_sites(program.exported)
             if each.name != ExpandNf4.name:
                 self.nf4 = nf4_sites(program.exported)
@@ -89,11 +91,17 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
             "back to NF4 would erase a small update. Keep the pair beside the base with adapters='inline' (exact, the "
             "default), or give into='float32' or into='bfloat16' to dequantize and fold"
         )
+    if plan.quantize and form == "inline":
+        _refuse_readers(exported)
     pipeline = pipelines.deploy(form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4)
     program = Program(exported, model)
     seen = _Sites()
     steps = {step.spec: step.result for step in pipeline.run(program, seen)}
-    kept = dict.fromkeys(seen.trained, "kept beside the weight") if form == "inline" else _kept(steps.get("merge-lora"))
+    kept = (
+        dict.fromkeys(seen.trained, "kept beside the weight")
+        if form == "inline"
+        else _kept(steps.get(MergeAdapters.name))
+    )
     if kept and plan.adapters == "merge":
         reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
         raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
@@ -108,13 +116,35 @@ def _refuse_broken(exported: ExportedProgram) -> None:
     """An adapter whose training diverged would turn every weight it is folded into, and every output, into NaN."""
     tensors = Tensors(exported)
     for node in exported.graph.nodes:
-        if node.target in ADAPTERS:
-            factors = [tensors.value(each) for each in node.args[2:4]]
+        if node.target in ADAPTERS + GAINS:
+            own = node.args[2:4] if node.target in ADAPTERS else node.args[1:2]
+            factors = [tensors.value(each) for each in own]
             if not all(factor is None or bool(torch.isfinite(factor).all()) for factor in factors):
                 raise ExportError(
                     f"the adapter at {site_of(node, tensors)} holds NaN or infinite values: its training diverged;"
                     " load an earlier checkpoint, or lrcompile.remove it"
                 )
+
+
+def _refuse_readers(exported: ExportedProgram) -> None:
+    """An adapter that is a function of the weight cannot stay as it is beside another weight."""
+    tensors = Tensors(exported)
+    for node in exported.graph.nodes:
+        read = node.args[5] if node.target is HADAMARD else node.args[1] if node.target is GAIN else None
+        if any("lrcompile_adapters." not in name for name in _read(read, tensors)):
+            raise ExportError(
+                f"quantize='nf4' beside an inline adapter: the one at {site_of(node, tensors)} is a function of the"
+                " weight that would be quantized. Give adapters='merge', which folds it before the weight is quantized"
+            )
+
+
+def _read(node: Any, tensors: Tensors) -> set[str]:
+    """The names of the held tensors that a node is computed from."""
+    if not isinstance(node, fx.Node):
+        return set()
+    if (name := tensors.target(node)) is not None:
+        return {name}
+    return {name for each in node.all_input_nodes for name in _read(each, tensors)}
 
 
 def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
 
-LIBRARY.define("hadamard(Tensor y, Tensor x, Tensor W, Tensor A, Tensor B, Tensor scale, float dropout=0.0) -> Tensor")
+LIBRARY.define("hadamard(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, Tensor W, float dropout=0.0) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "hadamard", "CompositeImplicitAutograd")
-def hadamard(y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: float = 0.0) -> Tensor:
+def hadamard(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, W: Tensor, dropout: float = 0.0) -> Tensor:
     """y + s·drop(x)(W ⊙ BA)ᵀ.
 
-    y `[..., out]`, x `[..., in]`, W `[out, in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d. Formed in y's dtype. The
+    y `[..., out]`, x `[..., in]`, A `[rank, in]`, B `[out, rank]`, scale 0-d, W `[out, in]`. Formed in y's dtype. The
     update has full rank: there is no cheaper way to apply it than as a matrix of W's size, which a backward pass keeps.
     """
     if dropout:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrcompile.kernels.nf4_linear import dequantize_nf4
 from lrcompile.nf4.modules import codes_of, is_nf4, layout_of, nf4_weight
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
@@ -32,7 +33,11 @@ class Hosted(Adapter):
     def base_weight(self, host: nn.Module) -> Tensor:
         """W `[out, in]` as it is held; of an NF4 layer its values, in float32 or wider."""
         if is_nf4(host):
-            return nf4_weight(host, wide_dtype(host))
+            if not torch.compiler.is_compiling():
+                return nf4_weight(host, wide_dtype(host))
+            layout = layout_of(host)  # all at once: a graph cannot hold the loop that writes it chunk by chunk
+            W = dequantize_nf4(codes_of(host), layout.shape, layout.block_size, wide_dtype(host), whole=True)
+            return W.t() if layout.transposed else W
         weight = host.get_parameter("weight")
         return weight.t() if self.transposed else weight
 
@@ -63,7 +68,7 @@ def squared_rows(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _wide_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for rows in W.split(max(1, BLOCK // W.shape[1])):
+    for rows in (W,) if torch.compiler.is_compiling() else W.split(max(1, BLOCK // W.shape[1])):
         yield rows.to(dtype)
 
 

@@ -18,8 +18,8 @@ from lrcompile.specs import Spec
 class GainAdapter(Hosted):
     """y' = l ⊙ y, the bias included, or y' = (x ⊙ l)Wᵀ + b in the layers that `feedforward` names  (arXiv 2205.05638).
 
-    An entry of `feedforward` is the end of a site's name and must hit one. l, `gain`, trains and starts at 1, so the map
-    starts as the layer's, to the bit. With a weight w given to `activate` the gain is 1 + w·(l − 1).
+    An entry of `feedforward` is the end of a site's name and must hit one. l, `gain`, trains and starts at 1, so the
+    map starts as the layer's, to the bit. With a weight w given to `activate` the gain is 1 + w·(l − 1).
     """
 
     uses = frozenset({"product"})
