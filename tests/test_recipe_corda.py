@@ -108,7 +108,7 @@ def test_ipm_explains_the_output_better_than_pissa_does():
         torch.manual_seed(1)
         model = layer()
         spec = lrcompile.spec(method, rank=4, targets=["0"], **({"niter": None} if method == "pissa" else {}))
-        lrcompile.apply(model, spec, **({"data": data} if method == "corda" else {}))
+        lrcompile.apply(model, spec, data=data if method == "corda" else None)
         residual = model[0].weight.detach() - split(model)
         rest[method] = float((data[0][0] @ residual.T).norm())
     assert rest["corda"] < 0.2 * rest["pissa"]
@@ -150,6 +150,7 @@ def test_the_split_is_pefts_on_the_same_covariance(mode, monkeypatch):
     """
     peft = pytest.importorskip("peft")
     monkeypatch.setitem(sys.modules, "attr", dataclasses)  # PEFT does not require what it imports `dataclass` from
+    from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
     torch.manual_seed(0)
@@ -159,7 +160,7 @@ def test_the_split_is_pefts_on_the_same_covariance(mode, monkeypatch):
     applied(model, data, mode=mode)
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=["0"], init_lora_weights="corda",
-        corda_config=peft.CordaConfig(corda_method=mode))  # fmt: skip
+        corda_config=CordaConfig(corda_method=mode))  # fmt: skip
     preprocess_corda(theirs, config, run_model=lambda: theirs(data[0][0]))
     wrapped = peft.get_peft_model(theirs, config)
     pair = wrapped.base_model.model[0]

@@ -146,7 +146,8 @@ def test_the_directions_are_pefts():
     assert len(theirs) == 4
     for name, adapter in adapters(model).items():
         torch.testing.assert_close(adapter.A @ adapter.A.T, torch.eye(4), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close((adapter.A * theirs[name].float()).sum(1).abs(), torch.ones(4), rtol=1e-2, atol=0)
+        cosines = (adapter.A * theirs[name].float()).sum(1).abs()
+        torch.testing.assert_close(cosines, torch.ones(4), rtol=5e-2, atol=0)  # theirs is a randomised SVD
 
 
 def test_a_saved_adapter_loads_with_its_ranks_here_and_in_peft(tmp_path):
