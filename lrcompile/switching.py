@@ -23,8 +23,9 @@ def activate(
 ) -> nn.Module:
     """y = xWᵀ + b + Σ wᵢ·sᵢ·(xAᵢᵀ)Bᵢᵀ over the named adapters (weight 1 where none is given); all others are inactive.
 
-    `train` names the adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a
-    weight that is no finite number, `MergeError` while merged.
+    Each acts on the base as it is now, also where training another has written it (`report` says so). `train` names the
+    adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a weight that
+    is no finite number, `MergeError` while merged.
     """
     state = state_of(model)
     require_settled(state, "activate")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -575,3 +576,21 @@ def test_a_verification_of_a_model_with_a_written_base_measures_what_the_pair_st
     model = unloaded()
     x = (torch.linspace(-1, 1, 21, dtype=torch.float64).reshape(3, 7),)
     assert lrcompile.verify(model, copy.deepcopy(model), x).ok
+
+
+def test_compiled_it_trains_as_it_does_uncompiled_and_an_unload_recompiles_nothing():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, twin = plora(period=2), plora(period=2)
+    compiled: Any = torch.compile(model, backend=counter)
+    optimizers = [lrcompile.optimizer(each, torch.optim.AdamW, lr=0.05) for each in (model, twin)]
+    for number in range(5):
+        for each, taken, optimizer in zip((compiled, twin), (model, twin), optimizers, strict=True):
+            x = torch.randn(6, 7, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            optimizer.zero_grad()
+            (each(x) - x[:, :3].sin()).square().mean().backward()
+            optimizer.step()
+            assert bool(written_by(taken, "default")) == (number >= 1)
+    assert counter.frame_count == 1
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-9, atol=1e-11)
