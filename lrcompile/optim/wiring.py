@@ -90,6 +90,8 @@ class _Wiring:
 
     def loading(self, _: Any, state_dict: dict[str, Any]) -> None:
         self.require_ours(state_dict["param_groups"][0])
+        for rule in self.rules:
+            rule.loading(self.optimizer, state_dict)
 
     def loaded(self, _: Any) -> None:
         self.start()

@@ -9,7 +9,7 @@ RECIPE = Recipe(
     form="lrcompile.recipes.forms.lora_drop:MeasuredLora",
     rules=("lrcompile.optim.lora_drop:Selection",),
     options={
-        "warmup_steps": integer(REQUIRED, 1),
+        "warmup_steps": integer(REQUIRED, 2),
         "threshold": number(0.9, "a number in (0, 1]", lambda v: 0 < v <= 1),
     },
     peft="LORA",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lrcompile.errors import SpecError
@@ -32,7 +31,7 @@ class TripletAdapter(LowRank):
         return {"A": (rank, in_features), "E": (rank, 1), "B": (out_features, rank)}
 
     @classmethod
-    def share(cls, spec: Spec, sites: Sequence[Site], *, dtype: torch.dtype, device: torch.device) -> None:
+    def demand(cls, spec: Spec, sites: Sequence[Site]) -> None:
         maps = [(spec.rank_of(site.name), site.copies or 1) for site in sites]
         start, target = sum(rank * n for rank, n in maps), spec.target_rank * sum(n for _, n in maps)
         if target > start:
