@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.attaching import attach, detach, require_attachable
+from lrcompile.attaching import attach, detach, require_attachable, stores_otherwise
 from lrcompile.calibrating import Loss, calibrated
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import match
 from lrcompile.merging import unmerge
 from lrcompile.proving import prove
-from lrcompile.recipes import recipe
 from lrcompile.specs import Spec
 from lrcompile.state import has_state, require_name, require_settled, state_of
 from lrcompile.switching import activate as activate
@@ -61,7 +60,7 @@ def apply(
         attach(model, spec, name, matched, measured=measured)
         return model
     before = (dict(state_of(model).active), state_of(model).training) if has_state(model) else ({}, ())
-    again = recipe(spec.method).quantizes_base
+    again = stores_otherwise(spec)
     # the proof puts values of its own into the factors, so those that are made anew afterwards need not start
     attach(model, spec, name, matched, quantize_base=False, measured=measured, started=not again)
     try:

@@ -59,7 +59,7 @@ def attach(
         set_state(model, state)
     before = (dict(state.active), state.training)
     try:
-        _place(model, state, name, built)
+        _place(model, state, name, built, quantize_base)
         state.specs[name], state.sites[name], state.spared[name] = spec, matched.hit, matched.spared
         state.trained.add(model, name, matched.trained)
         state.notes += [note for note in matched.notes if note not in state.notes]
@@ -95,6 +95,7 @@ def detach(
         if slots is None or site.slot not in slots:
             continue
         if name in slots[site.slot]:
+            slots[site.slot][name].removed(host)
             slots[site.slot].detach(name)
         if not len(slots[site.slot]):
             del slots[site.slot]
@@ -228,7 +229,13 @@ def _quantize_base(model: nn.Module, spec: Spec, built: Built) -> None:
             replace_codes(model.get_submodule(start.site.host), start.codes)
 
 
-def _place(model: nn.Module, state: State, name: str, built: Built) -> None:
+def stores_otherwise(spec: Spec) -> bool:
+    """Does `attach` store base weights in another form, unless told not to?"""
+    method = recipe(spec.method)
+    return method.quantizes_base or (method.form is not None and part(method.form).holds_weight)
+
+
+def _place(model: nn.Module, state: State, name: str, built: Built, quantize_base: bool) -> None:
     for adapter, start in built:
         site = start.site
         host = model.get_submodule(site.host)
@@ -245,6 +252,8 @@ def _place(model: nn.Module, state: State, name: str, built: Built) -> None:
         for ancestor in _ancestors(site.host):
             if bypass := mixin_for(model.get_submodule(ancestor)):
                 _swap(model, state, ancestor, bypass)
+        if quantize_base:
+            adapter.placed(host)
 
 
 def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:

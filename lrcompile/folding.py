@@ -38,7 +38,7 @@ def fold(
     `MergeError` for an update that is not finite; nothing has changed then.
     """
     host = model.get_submodule(site.host)
-    before, new = _folded_nf4(host, into) if is_nf4(host) else (host._parameters[site.slot], None)
+    before, new = _folded_nf4(host, into) if is_nf4(host) else (getattr(host, site.slot), None)
     assert before is not None
     dtype = before.dtype if new is None else new.dtype
     wide = torch.promote_types(before.dtype, torch.float32)

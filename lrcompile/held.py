@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lrcompile.int8.modules import hand_back, hand_over, is_int8
 from lrcompile.kernels.nf4_linear import Nf4
 from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of
 
 
 @dataclass
 class Held:
-    """The content of one parameter: a float tensor, or NF4 codes and their layout."""
+    """The content of one parameter: a float tensor, NF4 codes and their layout, or what an adapter holds in INT8."""
 
     data: Tensor | None = None
     codes: tuple[Nf4, Layout] | None = None
+    by_adapter: bool = False
 
 
 @dataclass
@@ -64,6 +66,10 @@ def exchange(host: nn.Module, slot: str, new: Held) -> Held:
         old = Held(codes=(codes_of(host), layout_of(host)))
         data = new.data if new.data is not None else codes.new_empty(0)
         detach(host, nn.Parameter(data.to(device), requires_grad=False))
+    elif slot == "weight" and is_int8(host):
+        old, device = Held(by_adapter=True), torch.device("cpu")
+        assert new.data is not None
+        hand_back(host, nn.Parameter(new.data, requires_grad=False))
     else:
         parameter = host._parameters[slot]
         assert parameter is not None
@@ -74,6 +80,8 @@ def exchange(host: nn.Module, slot: str, new: Held) -> Held:
     if new.codes is not None:
         nf4, layout = new.codes
         attach(host, _moved(nf4, device), layout if old.data is None else replace(layout, dtype=old.data.dtype))
+    if new.by_adapter:
+        hand_over(host)
     return old
 
 
@@ -81,6 +89,8 @@ def on_host(held: Held) -> Held:
     """The same content in host memory, so that a kept copy costs no device memory."""
     if held.data is not None:
         return Held(data=held.data.detach().cpu())
+    if held.by_adapter:
+        return held
     assert held.codes is not None
     nf4, layout = held.codes
     return Held(codes=(_moved(nf4, torch.device("cpu")), layout))

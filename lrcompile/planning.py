@@ -162,11 +162,13 @@ def _width(spec: Spec, parameters: Iterable[torch.Tensor]) -> int:
 
 def _base_bytes(parameters: dict[str, nn.Parameter], spec: Spec, hit: Iterable[Site]) -> int:
     whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    if not recipe(spec.method).quantizes_base:
-        return whole
+    method = recipe(spec.method)
+    form = part(method.form) if method.form is not None else None
     for site in hit:
         weight = parameters.get(site.parameter)
-        if weight is not None:
+        if weight is not None and form is not None and form.holds_weight:
+            whole += form.held_bytes(spec, site) - weight.numel() * weight.element_size()
+        elif weight is not None and method.quantizes_base:
             numbers = weight.numel()
             blocks = -(-numbers // spec.block_size)
             maxima = blocks + 4 * (-(-blocks // 256)) + 4 if spec.double_quant else 4 * blocks

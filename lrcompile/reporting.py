@@ -10,6 +10,7 @@ from torch import nn
 
 from lrcompile import sites, written
 from lrcompile.errors import require
+from lrcompile.int8.modules import holder_of, is_int8
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 from lrcompile.tables import render
 from lrcompile.wording import sized
@@ -116,6 +117,7 @@ def report(model: nn.Module) -> Report:
     base = [
         t for name, t in [*model.named_parameters(), *model.named_buffers()] if sites.ADAPTERS not in name.split(".")
     ]
+    base += [t for module in model.modules() if is_int8(module) for t in holder_of(module).held()]
     added = sum(p.numel() for name, p in model.named_parameters() if sites.ADAPTERS in name.split("."))
     return Report(
         sites=tuple(rows.values()),
@@ -132,6 +134,7 @@ def report(model: nn.Module) -> Report:
 
 def _named_base(model: nn.Module) -> list[tuple[str, Any]]:
     codes = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("weight_codes")]
+    codes += [(name, holder_of(m).held().codes) for name, m in model.named_modules() if is_int8(m)]
     return [(name, p) for name, p in model.named_parameters() if sites.ADAPTERS not in name.split(".")] + codes
 
 

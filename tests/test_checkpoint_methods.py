@@ -243,7 +243,7 @@ def test_several_adapters_go_to_folders_and_come_back_side_by_side(method: str, 
     assert torch.equal(out(again), first)
 
 
-@pytest.mark.parametrize("method", ADDING)
+@pytest.mark.parametrize("method", [each for each in ADDING if each != "q-galore"])  # which brings its weights along
 def test_another_base_is_refused(method: str, tmp_path: Path):
     lrcompile.save(adapted(method), tmp_path / "a")
     other = linear()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompile.int8.modules import is_int8
 from lrcompile.nf4.modules import codes_of, is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import State
@@ -79,6 +80,8 @@ def _base(model: nn.Module, state: State | None, site: Site) -> tuple[str, list[
         weight = held.data
     elif is_nf4(host):
         return "nf4", [t for t in codes_of(host) if t is not None]
+    elif is_int8(host):
+        weight = getattr(host, site.slot)
     else:
         weight = model.get_parameter(site.parameter)
         if state is not None:

@@ -20,7 +20,9 @@ from lrcompile.errors import AdapterError
 from lrcompile.interop.peft_keys import Place
 from lrcompile.interop.peft_matching import Unit
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
+from lrcompile.specs import Spec
 from lrcompile.state import State, adapter_set
 from lrcompile.wording import listed
 from lrcompile.written import FLAG, written_by
@@ -44,7 +46,7 @@ def content(model: nn.Module, state: State, name: str) -> Content:
                 aliases[key] = first
     for parameter in state.trained.names_of(name):
         tensors[_base_key(parameter)] = state.trained.value(model, name, parameter).detach()
-    written_now = set(written_by(model, name))
+    written_now = () if _among_tensors(spec) else written_by(model, name)
     for site in state.sites[name]:
         if site.parameter in written_now:
             tensors[_written_key(site)] = _written_value(model, state, name, site).detach()
@@ -79,13 +81,18 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
 
 def check_written(plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """A weight is there where its flag says that it was written, and only there."""
-    told = {
-        _written_key(place.unit.site) for place in plan.places if FLAG in place.keys and bool(tensors[place.keys[FLAG]])
-    }
+    places = () if _among_tensors(plan.spec) else plan.places
+    told = {_written_key(p.unit.site) for p in places if FLAG in p.keys and bool(tensors[p.keys[FLAG]])}
     if odd := sorted(told ^ set(plan.written)):
         raise AdapterError(
             f"{folder / WEIGHTS} does not hold the weights that its flags say were written: {listed(odd)}"
         )
+
+
+def _among_tensors(spec: Spec) -> bool:
+    """Does the adapter itself hold the weights it writes?"""
+    form = recipe(spec.method).form
+    return form is not None and part(form).holds_weight
 
 
 def _written_value(model: nn.Module, state: State, name: str, site: Site) -> Tensor:

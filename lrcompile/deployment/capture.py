@@ -20,6 +20,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.int8.modules import plain_weights
 from lrcompile.verifying.outputs import named_outputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -54,7 +55,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
     if dynamic_shapes is None:
         _refuse_variadic(model, bound)
     shapes = pytree.tree_map(_varying, bound) if dynamic_shapes is None else None if static else dynamic_shapes
-    with _evaluation(model), deployable(model):
+    with _evaluation(model), deployable(model), plain_weights(model):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

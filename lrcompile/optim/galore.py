@@ -47,14 +47,14 @@ class Lift(Rule):
             if adapter.Z.grad is None:
                 continue  # not reached this time; optimizers leave such a parameter alone, decay and all
             group = groups[id(adapter.Z)]
-            self.write(site, adapter, 1 - float(group["lr"]) * float(group.get("weight_decay", 0.0)))
+            self.write(site, adapter, 1 - float(group["lr"]) * float(group.get("weight_decay", 0.0)), step.number)
             adapter.Z.zero_()
             written.append(site.parameter)
         mark_written(self.model, self.name, written)
-        self._schedule(step.number, anew=False)
+        self._schedule(step.number)
 
-    def write(self, site: Site, adapter: ProjectedGradient, keep: float) -> None:
-        """W ← keep·W + scale·lift(Z)."""
+    def write(self, site: Site, adapter: ProjectedGradient, keep: float, number: int) -> None:
+        """W ← keep·W + scale·lift(Z), as step `number` has it."""
         weight = sites.weight_of(self.model, site)
         weight.copy_(self.lifted(weight, adapter, keep))
 
@@ -63,7 +63,7 @@ class Lift(Rule):
         wide = torch.promote_types(weight.dtype, torch.float32)
         return torch.addmm(weight.to(wide), *adapter.lift(wide), beta=keep, alpha=self.spec.scale)
 
-    def _schedule(self, completed: int, *, anew: bool) -> None:
+    def _schedule(self, completed: int, *, anew: bool | None = None) -> None:
         for _, adapter in self._sites():
             gap = self.gap(adapter)
             adapter.schedule(completed // gap * gap, anew=anew)

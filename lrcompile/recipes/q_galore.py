@@ -1,6 +1,6 @@
 """Q-GaLore (arXiv 2407.08296): GaLore on an INT8 base with an INT4 projection that is renewed less and less often."""
 
-from lrcompile.recipes.recipe import Recipe, integer, number
+from lrcompile.recipes.recipe import Option, Recipe, integer, number
 from lrcompile.recipes.scales import one
 
 RECIPE = Recipe(
@@ -15,7 +15,11 @@ RECIPE = Recipe(
         "update_proj_gap": integer(200, 1),
         "scale": number(0.25, "a number above 0", lambda v: v > 0),
         "similarity": number(0.4, "a number in (0, 1]", lambda v: 0 < v <= 1),
-        "group_size": integer(256, 2),
+        "group_size": Option(
+            256,
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2 and v % 2 == 0,
+            "an even integer of at least 2",
+        ),
     },
     lacks={
         "alpha": "its update is scaled by `scale`",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lrcompile.hosting import Host
+from lrcompile.int8.modules import is_int8
 from lrcompile.sites.site import Slot
 
 NAME = "linear"
@@ -76,6 +77,11 @@ def refusal_of(module: nn.Module) -> str | None:
     if weight is None:
         if "weight_codes" in module._buffers:
             return None
+        if is_int8(module):
+            return (
+                "an adapter holds its weight in INT8 and trains it; lrcompile.remove(model, keep_trained_weights=True)"
+                " first"
+            )
         return "its weight is computed by a hook (old-style weight_norm or spectral_norm); remove that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet; run one batch through the model first"

@@ -41,6 +41,10 @@ class Adapter(nn.Module):
     uses: ClassVar[frozenset[str]] = frozenset({"product"})
     """Of product (a linear layer, which hands over its host), rows (a packed projection), experts (a stack of maps,
     one for each row), lookup (an embedding), graph (a node of a captured or traced graph)."""
+    holds_weight: ClassVar[bool] = False
+    """The base weight is among the adapter's tensors as long as it is there (see `int8.modules`);
+    `held_bytes(spec, site)` says what they take.
+    """
 
     def __init__(
         self,
@@ -117,6 +121,12 @@ class Adapter(nn.Module):
 
     def finish(self, start: Start) -> None:
         """Derive what depends on the started factors; runs last."""
+
+    def placed(self, host: nn.Module) -> None:
+        """Change what `host` holds, this adapter being one of its own now."""
+
+    def removed(self, host: nn.Module) -> None:
+        """Undo `placed`, this adapter being about to go."""
 
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         raise NotImplementedError

@@ -38,7 +38,7 @@ class ProjectedGradient(Adapter):
         self.right = out_features >= in_features
         self.seed = 0
         self.due, self.anew = -1, False
-        """The step by which P was to be found (-1: no optimizer drives this); `anew`: in this very run."""
+        """The step by which P was to be found (-1: no optimizer drives this), `anew`: in this very run."""
         self.renewing, self.renewed = False, False
         """Whether this step finds P anew, and has by now. The first decides what forwards record, so it holds for a
         whole step: a checkpointed forward and its repetition have to record the same."""
@@ -53,8 +53,10 @@ class ProjectedGradient(Adapter):
         return {"Z": (rank, in_features), "P": (out_features, rank)}
 
     @classmethod
-    def build(cls, spec: Spec, site: Site, shared: Any, **storage: Any) -> Adapter:
-        adapter = super().build(spec, site, shared, **storage)
+    def build(
+        cls, spec: Spec, site: Site, shared: Any, *, dtype: torch.dtype, device: torch.device
+    ) -> ProjectedGradient:
+        adapter = super().build(spec, site, shared, dtype=dtype, device=device)
         assert isinstance(adapter, cls)
         adapter.seed = (spec.seed or 0) ^ zlib.crc32(site.name.encode())
         return adapter
@@ -69,11 +71,14 @@ class ProjectedGradient(Adapter):
             return y
         if self.renewing:
             return self._renewing_forward(y, x)
-        return torch.ops.lrcompile.project_gradient.default(y, x, self.Z, self.P, self.right)
+        return self.emit(y, x)
 
     @torch.compiler.disable
     def _renewing_forward(self, y: Tensor, x: Tensor) -> Tensor:
         return _Renewal.apply(y, x, self.Z, self)
+
+    def emit(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.lrcompile.project_gradient.default(y, x, self.Z, self.P, self.right)
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         """Zero: the weight holds every step already."""
@@ -87,9 +92,12 @@ class ProjectedGradient(Adapter):
     def basis(self, dtype: torch.dtype) -> Tensor:
         return self.P.detach().to(dtype)
 
-    def schedule(self, due: int, *, anew: bool = False) -> None:
-        """A step begins, by which P was to be found at step `due`; `anew`: whatever P there is, it is another run's."""
-        self.due, self.anew, self.renewed = due, anew, False
+    def schedule(self, due: int, *, anew: bool | None = None) -> None:
+        """A step begins, by which P was to be found at step `due`; `anew`: whatever P there is, it is another run's
+        (None: as long as this run has not found one).
+        """
+        self.anew = self.anew and not self.renewed if anew is None else anew
+        self.due, self.renewed = due, False
         self._decide()
 
     def refresh(self) -> None:
@@ -98,7 +106,7 @@ class ProjectedGradient(Adapter):
             self._decide()
 
     def _decide(self) -> None:
-        self.renewing = self.due >= 0 and (self.anew or self.found_at != self.due)
+        self.renewing = self.due >= 0 and (self.anew or self.found_at < self.due)
 
     @property
     def variant(self) -> Hashable:

@@ -1,0 +1,1 @@
+"""Weights in groups of small integers, as a method holds them that trains the weight itself."""
