@@ -156,3 +156,18 @@ def test_each_policy_trains_a_compiled_model_as_it_does_an_eager_one(method, cls
     if not dropout:
         for eager, captured in zip(*ends, strict=True):
             torch.testing.assert_close(captured, eager, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "cls"), POLICIES[1:], ids=[method for method, _ in POLICIES[1:]])
+def test_a_policy_on_whole_factors_refuses_sharded_ones(method, cls, tmp_path):
+    distributed: Any = torch.distributed
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        m: Any = lrcompile.apply(nn.Sequential(nn.Linear(6, 7)), lrcompile.spec(method, rank=2, seed=0))
+        distributed.fsdp.fully_shard(m, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(AdapterError, match="sharded"):
+            train(m, lrcompile.optimizer(m, cls, lr=1e-2), 1)
+    finally:
+        distributed.destroy_process_group()

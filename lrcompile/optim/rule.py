@@ -50,10 +50,15 @@ class Rule:
             yield site, adapter_set(self.model, site)[self.name]
 
     def pairs(self) -> Iterator[LoraAdapter]:
-        """The adapters, of a form that trains factors A and B."""
+        """The adapters, of a form with factors A and B, whole ones."""
         for site, adapter in self.adapters():
             if not isinstance(adapter, LoraAdapter):
                 raise AdapterError(f"{type(self).__name__} takes pairs of factors, got {adapter} at {site.name!r}")
+            if hasattr(adapter.A, "full_tensor"):
+                raise AdapterError(
+                    f"{self.spec.method} takes whole factors, and those at {site.name!r} are sharded (DTensor): leave"
+                    " them out with fully_shard(..., ignored_params=...)"
+                )
             yield adapter
 
     def check(self, cls: Callable[..., torch.optim.Optimizer]) -> None:
