@@ -435,19 +435,36 @@ class TestPaged:
         assert (ends[0] - ends[1]).abs().max() <= rounding * float(ends[0].abs().max())
         assert not torch.equal(start, ends[0])
 
-    def test_it_trains_beside_codes(self, cls):
-        torch.manual_seed(0)
-        model: Any = lrcompile.apply(nn.Sequential(nn.Linear(64, 64)), lrcompile.spec("qlora", rank=4, seed=0))
+    def test_it_trains_beside_codes_and_resumes_to_the_bit(self, cls, name, tmp_path):
+        def adapted() -> Any:
+            torch.manual_seed(0)
+            return lrcompile.apply(nn.Sequential(nn.Linear(64, 64)), lrcompile.spec("qlora", rank=64, seed=0))
+
+        def run(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+            x, losses = torch.linspace(-1, 1, 32 * 64).sin().view(32, 64), []
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss = (model(x) - x).square().mean()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return losses
+
+        model = adapted()
         optimizer = lrcompile.optimizer(model, cls, lr=1e-2)
-        losses = []
-        x = torch.randn(32, 64)
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss = (model(x) - 1).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
+        losses = run(model, optimizer, 5)
+        states = {state["state1"].dtype for state in optimizer.state.values()}
+        assert states == {torch.uint8 if "8bit" in name else torch.float32}  # 4096 values: enough for 8 bits
+        torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
+        losses += run(model, optimizer, 5)
+        assert losses[-1] < losses[0] / 2
+        expected, states_saved = result(model), torch.load(tmp_path / "run.pt", weights_only=True)
+        model = adapted()
+        optimizer = lrcompile.optimizer(model, cls, lr=1e-2)
+        model.load_state_dict(states_saved[0])
+        optimizer.load_state_dict(states_saved[1])
+        assert run(model, optimizer, 5) == losses[5:]
+        assert same(model, expected)
 
     def test_rules_and_their_resume(self, cls, tmp_path):
         """Bitsandbytes loads without calling torch's hooks."""
