@@ -41,7 +41,7 @@ def test_a_wrong_value_is_refused_where_it_is_given_and_the_field_named(field: s
 
 
 @pytest.mark.parametrize(
-    ("method", "hint"), [("lorra", "'lora'"), ("QLORA", "lora, qlora"), (["lora"], "Known"), (None, "Known")]
+    ("method", "hint"), [("lorra", "'lora'"), ("QLORA", "olora, pissa"), (["lora"], "Known"), (None, "Known")]
 )
 def test_an_unknown_method_is_refused_with_the_nearest_and_all_known_ones(method, hint):
     with pytest.raises(lrcompile.SpecError, match=hint) as caught:
