@@ -71,6 +71,17 @@ def test_the_error_falls_or_stays_with_every_iteration(method):
     assert errors[4] < 0.97 * errors[0]
 
 
+def test_a_turn_that_comes_no_closer_is_not_taken_and_does_not_end_the_turns():
+    """LoftQ on this matrix: 1.8448, then 1.8482 and 1.8506, then 1.8368."""
+    torch.manual_seed(5)
+    W = torch.randn(24, 40)
+    errors = [
+        error_of(applied(with_weight(W), "loftq", iterations=n, double_quant=False, block_size=32), W)
+        for n in (3, 4, 5, 6)
+    ]
+    assert errors[0] == errors[1] == errors[2] > errors[3]
+
+
 def test_the_errors_on_the_references_spectrum_are_the_references():
     """512×768, σ_k ∝ k^-0.6, r = 64: of ‖W‖, QLoRA .187 → QPiSSA .0790 .0691 .0648 .0625 .0612, LoftQ .1496 … .1303.
 

@@ -2,8 +2,8 @@
 
     Q = nf4(W − s·B·A)          s·B·A = the largest r triplets of W − dq(Q)
 
-Neither step need come closer (block maxima move with what they hold), so a turn that does not is not taken and ends
-them: more `iterations` never give a larger ‖W − dq(Q) − s·B·A‖. Block maxima stay exact within the turns; what double
+A turn need not come closer (block maxima move with what they hold), so the closest of all is taken: more `iterations`
+never give a larger ‖W − dq(Q) − s·B·A‖. Block maxima stay exact within the turns; what double
 quantization then takes of them is about 3e-4 of the error of NF4 itself.
 """
 
@@ -43,9 +43,8 @@ def _settle(adapter: Any, start: Start, turns: Turns) -> None:
     factors = partial(largest, rank=adapter.rank, niter=spec.niter, generator=start.generator)
     best = float("inf")
     for triplets, source, error in islice(turns(weight, factors, partial(_rounded, start)), spec.iterations):
-        if best <= error:
-            break
-        best, kept = error, (triplets, source)
+        if error < best:
+            best, kept = error, (triplets, source)
     triplets, source = kept
     split(adapter, *triplets)
     start.codes = _codes(start, source, spec.double_quant)
