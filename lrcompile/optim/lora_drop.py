@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -62,17 +61,6 @@ class Selection(Rule):
                 " not follow, and every process would select by what it has seen; train the method in one process"
             )
 
-    def loading(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        self._prune(optimizer)
-        held, saved = (
-            sum(len(group["params"]) for group in g) for g in (optimizer.param_groups, state["param_groups"])
-        )
-        if held != saved:
-            raise AdapterError(
-                f"this optimizer state is of {saved} parameters and the model trains {held}: it was saved on the other"
-                " side of the selection. Load the model's state of the same step first"
-            )
-
     def started(self, step: Step) -> None:
         self._measure_before(step.number)
 
@@ -100,7 +88,7 @@ class Selection(Rule):
                 for tensor in (adapter.A, adapter.B):
                     step.optimizer.state.pop(tensor, None)
                     tensor.grad = None
-        self._prune(step.optimizer)
+        self.align(step.optimizer)
 
     def _placed(self) -> Iterator[Placed]:
         for site, adapter in self.adapters():
@@ -143,7 +131,7 @@ class Selection(Rule):
             adapter.A.data, adapter.B.data = first.A.data, first.B.data
             adapter.enter(SHARED)
 
-    def _prune(self, optimizer: torch.optim.Optimizer) -> None:
+    def align(self, optimizer: torch.optim.Optimizer) -> None:
         """Take out of `optimizer` what has left the model."""
         now = [tensor for _, adapter in self._placed() for tensor in (adapter.A, adapter.B)]
         gone = {id(tensor) for tensor in self.known} - {id(tensor) for tensor in now}

@@ -71,8 +71,10 @@ class Rule:
     def started(self, step: Step) -> None:
         """The optimizer was made, or its state was loaded; `step.number` is the one to come."""
 
-    def loading(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """`state` is about to be loaded into `optimizer`: the parameters of both are compared next."""
+    def align(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the parameters of `optimizer` in line with the model's, whose structure a load may have changed; its
+        state is about to be read or loaded.
+        """
 
     def before_step(self, step: Step) -> None:
         """Gradients are complete and unscaled; weights are those they were computed at."""

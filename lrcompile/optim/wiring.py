@@ -30,6 +30,7 @@ def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callabl
     optimizer.param_groups[0].update({STEPS: 0, BELONGS: identity})
     optimizer.register_step_pre_hook(wiring.before)
     optimizer.register_step_post_hook(wiring.after)
+    optimizer.register_state_dict_pre_hook(wiring.align)
     optimizer.register_load_state_dict_pre_hook(wiring.loading)
     optimizer.register_load_state_dict_post_hook(wiring.loaded)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:  # bitsandbytes' calls no hooks
@@ -90,8 +91,18 @@ class _Wiring:
 
     def loading(self, _: Any, state_dict: dict[str, Any]) -> None:
         self.require_ours(state_dict["param_groups"][0])
+        self.align(self.optimizer)
+        groups = self.optimizer.param_groups, state_dict["param_groups"]
+        here, there = (sum(len(group["params"]) for group in each) for each in groups)
+        if here != there:
+            raise AdapterError(
+                f"this optimizer state is of {there} parameters, and {here} train here; load the model's state of the"
+                " same step first"
+            )
+
+    def align(self, _: Any) -> None:
         for rule in self.rules:
-            rule.loading(self.optimizer, state_dict)
+            rule.align(self.optimizer)
 
     def loaded(self, _: Any) -> None:
         self.start()

@@ -84,6 +84,13 @@ class MeasuredLora(LoraAdapter):
             assert shared is not None
             self.register_parameter(name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A state holds the pair once for each site: safetensors, and so `save_pretrained`, takes no tensor twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stage == SHARED and not keep_vars:
+            for key in (prefix + "A", prefix + "B"):
+                destination[key] = destination[key].clone()
+
     @property
     def variant(self) -> Hashable:
         return self.stage == MEASURING
