@@ -3,8 +3,8 @@
     Q = nf4(W − s·B·A)          s·B·A = the largest r triplets of W − dq(Q)
 
 A turn need not come closer (block maxima move with what they hold), so the closest of all is taken: more `iterations`
-never give a larger ‖W − dq(Q) − s·B·A‖. Block maxima stay exact within the turns; what double
-quantization then takes of them is about 3e-4 of the error of NF4 itself.
+never give a larger ‖W − dq(Q) − s·B·A‖. Block maxima stay exact within the turns; what double quantization then takes
+of them is about 3e-4 of the error of NF4 itself.
 """
 
 from __future__ import annotations
@@ -41,11 +41,8 @@ def loftq(adapter: Any, start: Start) -> None:
 def _settle(adapter: Any, start: Start, turns: Turns) -> None:
     spec, weight = start.spec, weight_of(adapter, start)
     factors = partial(largest, rank=adapter.rank, niter=spec.niter, generator=start.generator)
-    best = float("inf")
-    for triplets, source, error in islice(turns(weight, factors, partial(_rounded, start)), spec.iterations):
-        if error < best:
-            best, kept = error, (triplets, source)
-    triplets, source = kept
+    all_turns = islice(turns(weight, factors, partial(_rounded, start)), spec.iterations)
+    triplets, source, _ = min(all_turns, key=lambda turn: turn[2])
     split(adapter, *triplets)
     start.codes = _codes(start, source, spec.double_quant)
 
