@@ -17,10 +17,10 @@ from lrcompile.folding import bias_of, changes
 from lrcompile.held import Fold, Held, put, take_back
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
 from lrcompile.matching import owners_of_parameters
-from lrcompile.nf4.modules import is_nf4
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of
+from lrcompile.undisturbed import set_mode, undisturbed
 
 
 def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
@@ -32,7 +32,7 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
     state = state_of(model)
     with _probing(model, name):
         _require_fitting(model, example_inputs)
-        _set_mode(model, True)
+        set_mode(model, True)
         for seed in range(PATIENCE if drops_layers(model) else 1):
             _run(model, example_inputs, backward=True, seed=seed)
             dead = state.dead = tuple(dead_names(model))
@@ -40,7 +40,7 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
                 break
         else:
             raise TargetError(dead_message(dead))
-        _set_mode(model, False)
+        set_mode(model, False)
         if not state.sites[name]:
             return  # nothing but parameters of the base, which have no other place to act
         if state.sites[name][0].graph is None and any(
@@ -57,7 +57,7 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
 
 def _require_fitting(model: nn.Module, example_inputs: Any) -> None:
     """Tell inputs that the model does not take apart from an adapter that does not act."""
-    _set_mode(model, False)
+    set_mode(model, False)
     try:
         _run(model, example_inputs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -135,18 +135,9 @@ def _folded(
 
 @contextmanager
 def _probing(model: nn.Module, name: str) -> Iterator[None]:
-    state = state_of(model)
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    factors = [(tensor, tensor.detach().clone()) for _, tensor in adapter_tensors(model, state, name)]
-    buffers = [(module, name, b, b.clone()) for module in model.modules() if not is_nf4(module)
-               for name, b in module._buffers.items() if b is not None]  # fmt: skip
-    devices = sorted({t.device.index for t, _ in factors if t.device.type == "cuda" and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    factors = [(tensor, tensor.detach().clone()) for _, tensor in adapter_tensors(model, state_of(model), name)]
+    with undisturbed(model, seed=0):
         try:
-            for parameter, _ in gradients:
-                parameter.grad = None
             with torch.no_grad():
                 for tensor, _ in factors:
                     tensor.normal_(0, tensor.shape[-1] ** -0.5)
@@ -155,19 +146,6 @@ def _probing(model: nn.Module, name: str) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in factors:
                     tensor.copy_(value)
-                for module, buffer_name, buffer, value in buffers:
-                    module._buffers[buffer_name] = buffer.copy_(value)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for module, mode in modes:
-                module.training = mode
-
-
-def _set_mode(model: nn.Module, training: bool) -> None:
-    try:
-        model.train(training)
-    except NotImplementedError:  # the module of an exported program: its mode was fixed when it was captured
-        return
 
 
 def _run(model: nn.Module, example_inputs: Any, *, backward: bool = False, seed: int = 0) -> list[Tensor]:

@@ -16,7 +16,7 @@ from lrcompile.nf4.modules import is_nf4
 def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Modes, gradients, `requires_grad`, buffers and random state are afterwards what they were, whatever happens.
 
-    Within the block no parameter has a gradient or requires one. With a `seed`, torch's generators start from it.
+    Within the block no parameter has a gradient at first. With a `seed`, torch's generators start from it.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -29,7 +29,6 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         try:
             for parameter, _, _ in parameters:
                 parameter.grad = None
-                parameter.requires_grad_(False)
             yield
         finally:
             with torch.no_grad():

@@ -36,7 +36,11 @@ class Gradients(Calibration):
                 for name, weight in weights.items()}  # fmt: skip
         reached: set[str] = set()
         seen = 0
-        with undisturbed(self.model, self.spec.seed), torch.enable_grad(), _collected(weights, sums, reached):
+        with (
+            undisturbed(self.model, self.spec.seed),
+            torch.enable_grad(),
+            _collected(self.model, weights, sums, reached),
+        ):
             set_mode(self.model, True)
             for batch in taken(data, self.spec.batches, f"{self.spec.method}: gradients"):
                 self._backward(fitted(self.model, batch, seen), loss, seen)
@@ -92,8 +96,10 @@ class Gradients(Calibration):
 
 
 @contextmanager
-def _collected(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], reached: set[str]) -> Iterator[None]:
-    """Within the block these weights require gradients, which go into `sums` and away."""
+def _collected(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], reached: set[str]
+) -> Iterator[None]:
+    """From here on only these weights require gradients; within the block those go into `sums` and away."""
 
     def collect(name: str) -> Callable[[Tensor], None]:
         def into_sum(weight: Tensor) -> None:
@@ -105,6 +111,8 @@ def _collected(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], 
 
         return into_sum
 
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     handles = [weight.register_post_accumulate_grad_hook(collect(name)) for name, weight in weights.items()]
