@@ -21,7 +21,7 @@ RECIPE = Recipe(
     scale=one,
     options={
         "first_lr": number(
-            REQUIRED, "a number above 0, the learning rate of the first step (after warm-up begins)", lambda v: v > 0
+            REQUIRED, "a number above 0, the learning rate of the optimizer's first step", lambda v: v > 0
         ),
         "batches": integer(8, 1),
     },
