@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -607,3 +609,28 @@ def test_bitsandbytes_eight_bit_adam_holds_the_moments_and_resumes_bit_for_bit()
     resumed_optimizer.load_state_dict(stored[1])
     train(resumed, resumed_optimizer, data[4:])
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(resumed), strict=True))
+
+
+def _parallel(rank: int, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = galore(plain(), gap=2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = lrcompile.optimizer(wrapped, torch.optim.AdamW, lr=0.01)
+    for x in batches(5, size=8):
+        optimizer.zero_grad()
+        (2 * loss(wrapped, x[rank::2])).backward()  # a sum over the batch, where DDP takes the mean over processes
+        optimizer.step()
+    torch.save([*weights(model), *(adapter(model, index).P.detach() for index in (0, 2))], f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_processes_stay_one_model_and_train_as_one_on_the_whole_batch(tmp_path):
+    mp.spawn(_parallel, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    alone = galore(plain(), gap=2)
+    train(alone, lrcompile.optimizer(alone, torch.optim.AdamW, lr=0.01), batches(5, size=8))
+    for a, b in zip(first, weights(alone), strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

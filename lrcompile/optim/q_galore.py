@@ -20,7 +20,7 @@ class LazyLift(Lift):
         assert isinstance(adapter, QuantizedProjectedGradient)
         weight = sites.weight_of(self.model, site)
         new = self.lifted(weight, adapter, keep)
-        generator = torch.Generator(new.device).manual_seed(adapter.seed + (number << 32))
+        generator = torch.Generator(new.device).manual_seed(adapter.seed_at(number))
         adapter.hold(new.mT if site.transposed else new, generator)
 
     def gap(self, adapter: ProjectedGradient) -> int:

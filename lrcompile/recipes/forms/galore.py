@@ -36,7 +36,7 @@ class ProjectedGradient(Adapter):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, **kw: Any):
         super().__init__(in_features, out_features, rank, scale, **kw)
         self.right = out_features >= in_features
-        self.seed = 0
+        self.seed: tuple[object, ...] = ()
         self.due, self.anew = -1, False
         """The step by which P was to be found (-1: no optimizer drives this), `anew`: in this very run."""
         self.renewing, self.renewed = False, False
@@ -58,7 +58,7 @@ class ProjectedGradient(Adapter):
     ) -> ProjectedGradient:
         adapter = super().build(spec, site, shared, dtype=dtype, device=device)
         assert isinstance(adapter, cls)
-        adapter.seed = (spec.seed or 0) ^ zlib.crc32(site.name.encode())
+        adapter.seed = (spec.seed or 0, site.name)
         return adapter
 
     def begin(self, start: Start) -> None:
@@ -117,11 +117,15 @@ class ProjectedGradient(Adapter):
         if self.renewed or self.due < 0:
             return
         a, b = (dy, x) if self.right else (x, dy)
-        directions = leading_directions(a, b, self.rank, seed=self.seed + self.due)
+        directions = leading_directions(a, b, self.rank, seed=self.seed_at(self.due))
         if directions is not None:
             self.store(directions)
             self.found.fill_(self.due)
             self.found_at, self.renewed = self.due, True
+
+    def seed_at(self, step: int) -> int:
+        """32 bits, all that the generator of a CPU looks at, for the random numbers of this site and step."""
+        return zlib.crc32(repr((*self.seed, step)).encode())
 
     def store(self, directions: Tensor) -> None:
         """Take rows `[rank, min(in, out)]` as the basis."""
