@@ -15,7 +15,7 @@ from lrcompile.adapters import RESERVED, AdapterSet, AdapterSlots
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
-from lrcompile.nf4.modules import nf4_weight, replace_codes
+from lrcompile.nf4.modules import layout_of, nf4_weight, replace_codes
 from lrcompile.quantizing import is_nf4, quantize
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter, Start
@@ -187,7 +187,9 @@ def _storage(model: nn.Module, spec: Spec, site: Site) -> tuple[torch.dtype, tor
     """Dtype and device of an adapter's tensors at `site`."""
     weight = sites.weight_of(model, site) if site.slot in model.get_submodule(site.host)._parameters else None
     device = weight.device if weight is not None else next(model.get_submodule(site.host).buffers()).device
-    wide = torch.promote_types(weight.dtype, torch.float32) if weight is not None else torch.float32
+    host = model.get_submodule(site.host)
+    own = weight.dtype if weight is not None else layout_of(host).dtype if is_nf4(host) else torch.float32
+    wide = torch.promote_types(own, torch.float32)
     return getattr(torch, spec.dtype) if spec.dtype else wide, device
 
 
@@ -195,7 +197,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight of `site` `[..., out, in]` in float32 (float64 for a float64 base), dequantized if need be."""
     host = model.get_submodule(site.host)
     if is_nf4(host):
-        return nf4_weight(host)
+        return nf4_weight(host, torch.promote_types(layout_of(host).dtype, torch.float32))
     held = base_below(model, site.parameter)
     if held is None:
         weight = sites.weight_of(model, site).detach()
