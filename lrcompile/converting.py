@@ -68,8 +68,9 @@ def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = Non
     PiSSA, OLoRA and LoRA-GA those of rank 2r beside the weight as it was before `apply`), ranks that contribute
     nothing are dropped, and each site keeps its scale s. A larger r' than `rank`, and the update of any other method
     (DoRA, HiRA, (IA)³), is cut to its `rank` largest singular triplets, with the relative error in the report.
-    Weights of activation, dropout, what trains and parameters trained in full stay. `lrcompile.save` then writes
-    PEFT's LORA. An optimizer made before holds the old tensors: make a new one.
+    Weights of activation, dropout, what trains and parameters trained in full stay; tensors that sites share become
+    each site's own. `lrcompile.save` then writes PEFT's LORA. An optimizer made before holds the old tensors: make a
+    new one.
 
     Raises `AdapterError` for what has no counterpart: a method without an adapter or one that writes the base, a
     changed bias, a merged, wrapped or meta model; or where `rank` is needed and not given. The model is then as it
@@ -121,8 +122,8 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
         raise AdapterError(f"{method.name} trains parameters of the base itself, so there is nothing to convert")
     if method.writes_base:
         raise AdapterError(
-            f"{method.name} writes the base weights while it trains, so its adapter is not all of what it learned;"
-            " merge it, and save the model"
+            f"{method.name} writes the base weights while it trains, so its adapter is not all of what it learned: save"
+            " the model itself, which lrcompile.merge(model, final=True) leaves plain"
         )
     adapters = {site.name: adapter_set(model, site)[name] for site in state.sites[name]}
     if full := [each for each, adapter in adapters.items() if _factors(adapter) is None]:

@@ -306,6 +306,38 @@ def test_merge_and_disabled_work_after_it():
     torch.testing.assert_close(model(IDS), y, rtol=1e-12, atol=1e-12)
 
 
+REQUIRED_FIELDS: dict[str, dict[str, Any]] = {
+    "adalora": {"target_rank": 2, "total_steps": 9},
+    "delta-lora": {"start_step": 1, "ratio": 0.5},
+    "ia3": {"feedforward": ["down"], "targets": ["down"]},
+    "lora-drop": {"warmup_steps": 2},
+    "lora-sb": {"first_lr": 1e-3},
+    "plora": {"period": 3, "momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", lrcompile.methods())
+def test_every_method_converts_exactly_or_by_a_rank_or_says_why_not(method):
+    parts = recipe(method)
+    fields = {"rank": 3, "targets": ["up", "down"], "seed": 1, "alpha": 4.5}
+    fields = {key: value for key, value in fields.items() if key not in parts.lacks} | REQUIRED_FIELDS.get(method, {})
+    batches = [(IDS,)] * 8 if parts.calibration else None
+    loss = (lambda out, _: out.square().sum()) if parts.calibration else None
+    model = net(torch.float32 if parts.quantizes_base else torch.float64)
+    trained(lrcompile.apply(model, lrcompile.spec(method, **fields), data=batches, loss=loss))
+    y = model(IDS)
+    try:
+        report = lrcompile.to_lora(model)
+    except AdapterError as refusal:
+        full = "not of low rank" in str(refusal)
+        assert full or parts.form is None or parts.writes_base
+        if full:
+            assert lrcompile.to_lora(model, rank=7).relative_error < 1
+    else:
+        assert report.relative_error == 0
+        assert torch.equal(model(IDS), y)
+
+
 def test_targets_stay_in_the_specs_words_where_they_mean_the_same_and_are_names_elsewhere():
     model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 7)).double()
     lrcompile.apply(model, lrcompile.spec("pissa", rank=2, seed=1))

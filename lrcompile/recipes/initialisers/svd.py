@@ -6,6 +6,8 @@ LoRA-XS:        A = S·Vᵀ, B = U, frozen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def pissa(adapter: Any, start: Start) -> None:
 
 
 def milora(adapter: Any, start: Start) -> None:
-    """The smallest r triplets  (arXiv 2406.09044); only an exact SVD finds them."""
+    """The smallest r triplets  (arXiv 2406.09044); only an exact SVD finds them, which takes its time."""
     U, S, Vh = torch.linalg.svd(weight_of(adapter, start), full_matrices=False)
     first = S.shape[-1] - adapter.rank
     split(adapter, U[..., first:], S[..., first:], Vh[..., first:, :])
@@ -84,19 +86,21 @@ def split(adapter: Any, U: Tensor, S: Tensor, Vh: Tensor) -> None:
     adapter.B.copy_(U * root[..., None, :])
 
 
-class seeded:
-    """While open, torch's own generator draws what `generator` decides; left alone where that is None."""
-
-    def __init__(self, generator: torch.Generator | None, device: torch.device):
-        self.generator = generator
-        devices = [device.index or 0] if device.type == "cuda" else []
-        self.fork = torch.random.fork_rng(devices=devices, enabled=generator is not None)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.generator is not None:
-            seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
-            torch.manual_seed(int(seed))
-
-    def __exit__(self, *raised: Any) -> None:
-        self.fork.__exit__(*raised)
+@contextmanager
+def seeded(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Within the block the default generator of `device` draws what `generator` decides, and none other is touched.
+    `generator` None: it goes on where it is.
+    """
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng(devices=[device], device_type=device.type), module.device(device):
+        module.manual_seed(seed)
+        yield
