@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lrcompile import sites, written
+from lrcompile import residuals, sites, written
 from lrcompile.errors import require
 from lrcompile.int8.modules import holder_of, is_int8
 from lrcompile.state import adapter_set, adapter_tensors, state_of
@@ -128,7 +128,7 @@ def report(model: nn.Module) -> Report:
         total=added + sum(_numbers(name, t) for name, t in _named_base(model)),
         trainable_bytes=sum(p.numel() * p.element_size() for p in training),
         base_bytes=sum(t.numel() * t.element_size() for t in base),
-        notes=(*state.notes, *written.notes_of(model)),
+        notes=(*state.notes, *written.notes_of(model), *residuals.notes_of(model)),
     )
 
 

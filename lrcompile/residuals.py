@@ -17,6 +17,7 @@ from lrcompile.matching import owners_of_parameters
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, has_state, state_of
+from lrcompile.wording import listed
 
 
 def settle(model: nn.Module, state: State) -> None:
@@ -39,6 +40,17 @@ def settle(model: nn.Module, state: State) -> None:
 def base_below(model: nn.Module, parameter: str) -> Tensor | None:
     """The base's bits of a parameter that holds a residual now, on the host; None where it holds its own."""
     return state_of(model).residuals.get(parameter) if has_state(model) else None
+
+
+def notes_of(model: nn.Module) -> list[str]:
+    """That the model's own tensors are not the base's now."""
+    names = list(state_of(model).residuals)
+    if not names:
+        return []
+    return [
+        f"{len(names)} weights hold what the active adapters leave of them, and so does `state_dict` ({listed(names)});"
+        " the base's bits wait in host memory (lrcompile.disabled, activate and remove put them back)"
+    ]
 
 
 def refuse_unfoldable(model: nn.Module, adapted: Iterable[tuple[Site, Adapter]]) -> None:

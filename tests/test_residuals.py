@@ -201,6 +201,13 @@ def test_an_adapter_of_another_method_starts_from_the_base():
     assert torch.equal(model[0].weight, W)
 
 
+def test_the_report_says_that_weights_are_not_the_bases_now():
+    model = applied(base())
+    assert "2 weights hold what the active adapters leave of them" in str(lrcompile.report(model))
+    lrcompile.activate(model, [])
+    assert "leave of them" not in str(lrcompile.report(model))
+
+
 def test_a_copy_is_independent():
     model, x = base(), torch.randn(4, 17).double()
     before = bits(model)
