@@ -16,6 +16,7 @@ from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
 from lrcompile.nf4.modules import layout_of, nf4_weight, replace_codes
+from lrcompile.progress import shown
 from lrcompile.quantizing import is_nf4, quantize
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter, Start
@@ -162,7 +163,8 @@ def _build(model: nn.Module, spec: Spec, hit: Sequence[Site], measured: Mapping[
     placed = [_storage(model, spec, site) for site in hit]
     shared = form.share(spec, hit, dtype=placed[0][0], device=placed[0][1])
     built = []
-    for site, (dtype, device) in zip(hit, placed, strict=True):
+    # a start from singular triplets takes seconds a site
+    for site, (dtype, device) in shown(zip(hit, placed, strict=True), f"{spec.method}: starting factors", len(hit)):
         adapter = form.build(spec, site, shared, dtype=dtype, device=device)
         if method.writes_base:
             expect_writes(adapter, device)
@@ -254,8 +256,7 @@ def _place(model: nn.Module, state: State, name: str, built: Built, quantize_bas
         for ancestor in _ancestors(site.host):
             if bypass := mixin_for(model.get_submodule(ancestor)):
                 _swap(model, state, ancestor, bypass)
-        if quantize_base:
-            adapter.placed(host)
+        adapter.placed(host)
 
 
 def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
