@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from types import MethodType
 from typing import Any
 
 import torch
@@ -109,7 +110,5 @@ def loss_of(output: Any, batch: Batch, loss: Loss | None) -> Tensor:
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    if "forward" in model.__dict__:
-        return inspect.signature(model.__dict__["forward"])
-    found = inspect.signature(original_class(model).forward)
-    return found.replace(parameters=list(found.parameters.values())[1:])
+    replaced = model.__dict__.get("forward")
+    return inspect.signature(replaced or MethodType(original_class(model).forward, model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import UserDict
+from functools import partial
 from itertools import count
 
 import pytest
@@ -94,6 +95,20 @@ def test_batches_are_tuples_or_lists_and_mappings_of_any_kind():
     whole = TensorDataset(torch.cat([b["x"] for b in data]), torch.cat([b["labels"] for b in data]))
     loader = DataLoader(whole, batch_size=20)  # collates to lists
     assert all(torch.equal(by_key[s], measured("lora-one", net, loader)[2][s]) for s in by_key)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_forward_of_any_arguments_takes_any_batch(replaced):
+    class Open(Net):
+        def forward(*args, **kwargs):
+            return Net.forward(*args, **kwargs)
+
+    net: nn.Module = Open()
+    if replaced:
+        net = Net()
+        net.forward = partial(Net.forward, net)  # type: ignore[method-assign]
+    for batch in ({"x": torch.ones(9, 7), "labels": torch.ones(9, 6)}, (torch.ones(9, 7), torch.ones(9, 6))):
+        measured("lora-one", net, [batch])
 
 
 def test_the_loss_is_the_users_or_the_outputs():
