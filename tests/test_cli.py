@@ -22,7 +22,7 @@ from lrcompile.demo.opening import open_model
 from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.pipeline import Pipeline
 
-COMMANDS = ("demo", "run", "plan", "train", "merge", "quantize", "export", "verify", "golden", "passes", "methods")
+COMMANDS = ("demo", "run", "plan", "train", "merge", "quantize", "export", "verify", "golden", "passes", "methods", "bench")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -82,7 +82,7 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if arguments[-1] == "--help" and arguments[0] not in ("--help", "golden"):
+    if arguments[-1] == "--help" and arguments[0] not in ("--help", "golden", "bench"):
         assert f"example:\n  lrcompile {arguments[0]}" in done.stdout
     if arguments == ["--help"]:
         assert all(f"    {name}" in done.stdout for name in COMMANDS)
