@@ -101,7 +101,7 @@ def load(
         except SpecError as error:
             raise as_adapter_error(error, folder) from error
         tensors = checkpoint.tensors.tensors()
-    values = {place.unit.site.name: values_at(model, place, tensors) for place in plan.places}
+    values = {place.unit.site.name: values_at(model, plan.spec, place, tensors) for place in plan.places}
     own_layout.check_written(plan, tensors, folder)
     refuse_other_base_values(model, state, plan, tensors, folder)
     attach_filled(model, plan, name, values, tensors, trainable)

@@ -40,20 +40,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qpissa": {"compute_dtype": "float32", "iterations": 2},
 }
 """What a method needs beside targets and rank."""
-PEFTS_LORA = {
-    "lora",
-    "rslora",
-    "lora+",
-    "qlora",
-    "lora-fa",
-    "lora-one",
-    "eva",
-    "lora-pro",
-    "lora-rite",
-    "dora",
-    "qpissa",
-}
-PEFTS_LORA |= {"loftq"}
+PAIRS = ("lora", "rslora", "lora+", "qlora", "lora-fa", "lora-one", "eva", "lora-pro", "lora-rite", "qpissa", "loftq")
+PEFTS = {**dict.fromkeys((*PAIRS, "dora"), "LORA"), "vera": "VERA", "adalora": "ADALORA", "ia3": "IA3"}
 METHODS = lrcompile.methods()
 QUANTIZING = [name for name in METHODS if recipe(name).quantizes_base]
 CHOSEN_CODES = [name for name in QUANTIZING if recipe(name).nf4 is not None]
@@ -195,8 +183,8 @@ def test_a_loaded_adapter_is_the_saved_one_to_the_bit(method: str, kind: str, tm
 def test_the_layout_is_pefts_where_peft_has_words_and_one_it_refuses_elsewhere(method: str, tmp_path: Path):
     lrcompile.save(adapted(method), tmp_path / "a")
     kind = json.loads((tmp_path / "a" / CONFIG).read_text())["peft_type"]
-    assert (kind == "LORA") == (method in PEFTS_LORA)
-    if kind != "LORA":
+    assert kind == PEFTS.get(method, "LRCOMPILE")
+    if kind == "LRCOMPILE":
         peft = pytest.importorskip("peft")
         with pytest.raises((KeyError, ValueError), match="LRCOMPILE"):
             peft.PeftModel.from_pretrained(linear(), tmp_path / "a")
@@ -385,7 +373,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-OWN = [name for name in ADDING if name not in PEFTS_LORA]
+OWN = [name for name in ADDING if name not in PEFTS]
 
 
 @pytest.mark.parametrize("method", OWN)

@@ -533,7 +533,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path):
         ("[1]", "object"),
         ('{"peft_type": "LORA", "peft_type": "LORA"}', "twice"),
         ('{"peft_type": "LORA", "r": NaN, "target_modules": ["up"]}', "NaN"),
-        ('{"peft_type": "VERA", "target_modules": ["up"]}', "VERA"),
+        ('{"peft_type": "LOHA", "target_modules": ["up"]}', "LOHA"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "use_qalora": true}', "use_qalora"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": 1000}', "unknown keys"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": 1000000000000000000000000000000}', "no adapter has"),

@@ -120,7 +120,7 @@ def test_a_setting_of_tomorrow_that_is_off_is_no_matter():
 @pytest.mark.parametrize(
     "config",
     [
-        {"peft_type": "VERA", "target_modules": ["q_proj"]},
+        {"peft_type": "LOHA", "target_modules": ["q_proj"]},
         {"target_modules": ["q_proj"]},
         {"peft_type": "LORA"},
         {"peft_type": "LORA", "target_modules": [7]},

@@ -1,4 +1,4 @@
-"""Adapters that PEFT's LORA can hold, in its own layout: what to write, and what a folder means for a model."""
+"""Adapters that a type of PEFT's can hold, in its own layout: what to write, and what a folder means for a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.checkpointing.files import OURS, Checkpoint, Content, as_adapter_error
+from lrcompile.checkpointing.files import CONFIG, OURS, Checkpoint, Content, as_adapter_error
 from lrcompile.checkpointing.origin import matched_to_origin
 from lrcompile.checkpointing.plans import Plan, base_tensors, blanks, dtype_notes, rank_notes
 from lrcompile.errors import AdapterError, SpecError
-from lrcompile.interop.peft_config import spec_to_peft, why_not_lora
+from lrcompile.interop.peft_config import form_of, spec_to_peft, type_of
 from lrcompile.interop.peft_fitting import by_parameter, fitted
 from lrcompile.interop.peft_keys import base_key, base_name, pack, places
 from lrcompile.interop.peft_matching import Unit, as_parameter, targets_for
+from lrcompile.interop.peft_types import PeftType
 from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -23,30 +24,33 @@ from lrcompile.state import State, adapter_set
 
 
 def fits(model: nn.Module, state: State, name: str) -> bool:
-    """Does PEFT's LORA compute what the adapter `name` computes, with just the tensors it has?"""
-    method, held = recipe(state.specs[name].method), []
-    for site in state.sites[name]:
-        tensors = adapter_set(model, site)[name].state_dict(keep_vars=True)
-        if why_not_lora(method, tensors) is not None or not _has_words_for(site, tensors):
-            return False
-        held += [id(tensor) for tensor in tensors.values()]
-    return method.form is not None and len(set(held)) == len(held)
+    """Does a type of PEFT's compute what the adapter `name` computes, with just the tensors it has?"""
+    spec, sites = state.specs[name], state.sites[name]
+    held = [adapter_set(model, site)[name].state_dict(keep_vars=True) for site in sites]
+    try:
+        kinds = [type_of(spec, tensors) for tensors in held]
+    except SpecError:
+        return False
+    if not kinds or not all(_has_words_for(site, tensors) for site, tensors in zip(sites, held, strict=True)):
+        return False
+    shared = [{id(tensors[local]) for tensors in held} for local in kinds[0].shared]
+    own = [id(tensor) for tensors in held for local, tensor in tensors.items() if local not in kinds[0].shared]
+    return all(len(each) == 1 for each in shared) and len(set(own)) == len(own)
 
 
 def content(model: nn.Module, state: State, name: str) -> Content:
     spec, sites = state.specs[name], state.sites[name]
-    method = recipe(spec.method)
+    method, kind = recipe(spec.method), type_of(spec)
     # codes that were chosen together with the factors are in no checkpoint of the base: PEFT must not find that one
     own_codes = method.quantizes_base and method.nf4 is not None
     where = None if own_codes else getattr(model, "name_or_path", None) or None
-    config = spec_to_peft(spec, **targets_for(model, spec, sites), base_model_name_or_path=where)
+    config = spec_to_peft(spec, **targets_for(model, spec, sites, kind.settings), base_model_name_or_path=where)
     # a setting that is not there is one that older readers need not know
     config = {key: value for key, value in config.items() if value is not None}
     adapted = by_parameter(config, sites)
     tensors: dict[str, Tensor] = {}
-    for place in places(model, adapted, tensors_of(spec)):
-        held = adapter_set(model, place.unit.site)[name].state_dict()
-        packed = pack(model, place.unit, held)
+    for place in places(model, adapted, kind, form_of(spec), config):
+        packed = pack(model, place, adapter_set(model, place.unit.site)[name].state_dict())
         tensors |= {key: packed[tensor] for tensor, key in place.keys.items()}
     for parameter in state.trained.names_of(name):
         tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
@@ -58,7 +62,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     notes = list(checkpoint.notes)
     if checkpoint.spec is not None and checkpoint.base is not None:
         spec = checkpoint.spec
-        tensors = _checked_tensors(spec, checkpoint)
+        kind, tensors = _checked_type(spec, checkpoint)
         matched, compared = matched_to_origin(model, state, spec, checkpoint)
         notes += compared
         adapted = by_parameter(checkpoint.config, matched.hit)
@@ -68,7 +72,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
             spec, adapted, matched = fitted(model, checkpoint.config)
         except AdapterError as error:
             raise as_adapter_error(error, checkpoint.folder) from error
-        tensors = _checked_tensors(spec, checkpoint)
+        kind, tensors = _checked_type(spec, checkpoint)
         # PEFT trains biases called just "bias"
         trained = {base_key(adapted, each): each for each in matched.trained}
         trained = {key: each for key, each in trained.items() if key in keys or not _only_ours(each)}
@@ -81,7 +85,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
                 f" PEFT's layout has no place for that, so {OURS} is not the file that was written with it"
             )
     matched = replace(matched, trained=tuple(trained.values()))
-    found = places(model, adapted, tensors)
+    found = places(model, adapted, kind, tensors, checkpoint.config)
     known = set(trained) | {key for place in found for key in place.keys.values()}
     base = base_tensors(model)
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
@@ -89,19 +93,21 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     return Plan(spec, matched, found, trained, {}, frozen, tuple(notes))
 
 
-def tensors_of(spec: Spec) -> tuple[str, ...]:
-    return ("A", "B", "m") if spec_to_peft(spec).get("use_dora") else ("A", "B")
-
-
-def _checked_tensors(spec: Spec, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _checked_type(spec: Spec, checkpoint: Checkpoint) -> tuple[PeftType, frozenset[str]]:
     try:
-        return tensors_of(spec)
+        kind = type_of(spec)
     except SpecError as error:
         raise as_adapter_error(error, checkpoint.folder) from error
+    if checkpoint.config.get("peft_type") != kind.name:
+        raise AdapterError(
+            f"the adapter in {checkpoint.folder} is {spec.method}, PEFT's {kind.name}, and {CONFIG} says"
+            f" {checkpoint.config.get('peft_type')!r}"
+        )
+    return kind, form_of(spec)
 
 
 def _has_words_for(site: Site, tensors: dict[str, Any]) -> bool:
-    """PEFT has magnitudes for modules only, and for those of a linear map the layout that we have."""
+    """PEFT has all but the plain pair for modules only, and for those of a linear map the layout that we have."""
     return set(tensors) == {"A", "B"} or (site.kind in ("linear", "conv1d") and not as_parameter(site))
 
 

@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig` and a `Spec`, both ways; what has no counterpart is refused by name."""
+"""A config of PEFT's and a `Spec`, both ways; what has no counterpart is refused by name."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from lrcompile.errors import SpecError
+from lrcompile.interop.peft_types import TYPES, PeftType
 from lrcompile.recipes import recipe
-from lrcompile.recipes.recipe import Recipe, part
-from lrcompile.recipes.scales import alpha_over_rank
+from lrcompile.recipes.forms.adapter import Adapter
+from lrcompile.recipes.recipe import part
+from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
-
-_FORMS: dict[frozenset[str], dict[str, Any]] = {frozenset("AB"): {}, frozenset("ABm"): {"use_dora": True}}
-"""The settings by which PEFT's LORA means a form with just these tensors."""
-
-_INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
-_BASE_KEEPING = ("eva",)
-"""Initialisations that need data we are not given, but leave W as it is: their trained factors are plain LoRA."""
 
 _HARMLESS = frozenset(
     [
+        "peft_type",
         "task_type",
         "revision",
         "inference_mode",
@@ -53,37 +51,18 @@ _UNSUPPORTED = {
     "use_bdlora": "its factors are block-diagonal; merge it with PEFT",
     "arrow_config": "it routes between adapters; there is no counterpart",
 }
-_USED = frozenset(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-    ]
-)
 
 
 def spec_from_peft(config: Any) -> Spec:
-    """The spec of a `LoraConfig`, or of the mapping of an `adapter_config.json`.
+    """The spec of a `LoraConfig`, `AdaLoraConfig`, `VeraConfig` or `IA3Config`, or of the mapping of an
+    `adapter_config.json`.
 
     `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora`
     a `scaling`, `use_dora` the method "dora". `init_lora_weights` False (PEFT's random B, meant for tests) becomes
     "kaiming": B starts at 0. Raises `SpecError` naming each setting that has no counterpart, with what to do about it.
     """
     data = settings_of(config)
-    return Spec.from_dict(numbers_from_peft(data) | _targets(data))
+    return Spec.from_dict(numbers_from_peft(data) | targets_from_peft(data))
 
 
 def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
@@ -93,49 +72,55 @@ def spec_to_peft(spec: Spec, **more: Any) -> dict[str, Any]:
     whoever has the model (`lrcompile.save`) gives both lists. Raises `SpecError` for a method that PEFT has no type
     for.
     """
-    method = recipe(spec.method)
-    if (reason := why_not_lora(method)) is not None:
-        raise SpecError(f"{spec.method} has no counterpart in PEFT's LORA: {reason}", field="method")
-    if unknown := sorted(set(more) - _USED - _HARMLESS - set(_UNSUPPORTED)):
-        raise SpecError(f"PEFT's LoraConfig has no setting {', '.join(map(repr, unknown))}", field=unknown[0])
-    data: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": spec.rank,
-        "lora_alpha": _plain(spec.alpha),
-        "lora_dropout": spec.dropout,
-        "use_rslora": spec.scaling == "alpha/sqrt(r)",
-        "init_lora_weights": _INITS.get(spec.init, True),
-        "bias": spec.bias,
-        "fan_in_fan_out": False,
+    kind = type_of(spec)
+    if unknown := sorted(set(more) - kind.settings - _HARMLESS - set(_UNSUPPORTED)):
+        raise SpecError(f"PEFT's {kind.name} has no setting {', '.join(map(repr, unknown))}", field=unknown[0])
+    targets: dict[str, Any] = {
         "target_modules": spec.targets if isinstance(spec.targets, str) else list(spec.targets),
         "exclude_modules": _or_none(spec.exclude),
         "layers_to_transform": _or_none(spec.layers or ()),
         "layers_pattern": None,
-        "rank_pattern": dict(spec.rank_pattern),
-        "alpha_pattern": {key: _plain(alpha) for key, alpha in spec.alpha_pattern.items()},
         "modules_to_save": _or_none(spec.train_modules),
+        "bias": kind.bias if spec.bias == "lora_only" else spec.bias,
     }
-    return data | _FORMS[_tensors(method)] | more
+    data: dict[str, Any] = {
+        "peft_type": kind.name,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        **kind.write(spec),
+        **{key: value for key, value in targets.items() if key in kind.settings},
+    }
+    if "m" in form_of(spec):
+        data["use_dora"] = True
+    return data | more
 
 
-def why_not_lora(method: Recipe, tensors: Iterable[str] | None = None) -> str | None:
-    """Why PEFT's LORA does not compute what `method` does with these tensors (its form's own) at each site; None if it
-    does.
+def type_of(spec: Spec, tensors: Iterable[str] | None = None) -> PeftType:
+    """The PEFT type that computes what `spec` does with these tensors (its form's own) at each site; `SpecError` saying
+    why none does.
     """
-    if method.peft != "LORA":
-        return f"PEFT has it as {method.peft}, which is not read or written yet" if method.peft else "PEFT lacks it"
-    if method.scale is not alpha_over_rank:
-        return "its scale is another function of alpha and rank"
-    if (kept := _tensors(method) if tensors is None else frozenset(tensors)) not in _FORMS:
-        return f"it keeps {', '.join(sorted(kept))} at a site, PEFT a pair"
-    return None
+    method = recipe(spec.method)
+    kind = TYPES.get(method.peft or "")
+    if kind is None:
+        reason: str | None = "PEFT does not have it"
+    else:
+        reason = kind.why_not(method, form_of(spec) if tensors is None else frozenset(tensors)) or kind.refusal(spec)
+    if kind is None or reason is not None:
+        raise SpecError(f"{spec.method} has no counterpart in PEFT: {reason}", field="method")
+    return kind
 
 
-def _tensors(method: Recipe) -> frozenset[str]:
-    return frozenset(part(method.form).shapes(1, 1, 1)) if method.form is not None else frozenset()
+def form_of(spec: Spec) -> frozenset[str]:
+    """The parameters of the method's form at a linear map, shared ones included."""
+    method = recipe(spec.method)
+    if method.form is None:
+        return frozenset()
+    form: type[Adapter] = part(method.form)
+    site, storage = Site("", "linear", "", "weight", 1, 1), {"dtype": torch.float32, "device": torch.device("meta")}
+    adapter = form.build(spec, site, form.share(spec, [site], **storage), **storage)
+    return frozenset(name for name, _ in adapter.named_parameters())
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -145,16 +130,11 @@ def settings_of(config: Any) -> dict[str, Any]:
         raise SpecError(
             f"a PEFT config is a LoraConfig or a mapping of settings, got {type(config).__name__}", field="method"
         )
-    kind = data.get("peft_type")
-    if (kind := str(getattr(kind, "value", kind))) != "LORA":
-        raise SpecError(
-            f"peft_type is {kind}; only LORA adapters can be read. Convert it with PEFT, or merge it there",
-            field="peft_type",
-        )
+    kind = kind_of(data)
     for key, value in data.items():
         if key in _UNSUPPORTED and value:
             raise SpecError(f"PEFT's {key}={value!r} is not supported: {_UNSUPPORTED[key]}", field=key)
-        if key not in _UNSUPPORTED | dict.fromkeys(_HARMLESS | _USED) and value:
+        if key not in _UNSUPPORTED | dict.fromkeys(_HARMLESS | kind.settings) and value:
             raise SpecError(
                 f"PEFT's {key}={value!r} is not known here, so what it changes is not; merge the adapter with PEFT",
                 field=key,
@@ -168,6 +148,17 @@ def settings_of(config: Any) -> dict[str, Any]:
     return dict(data)
 
 
+def kind_of(data: Mapping[str, Any]) -> PeftType:
+    given = data.get("peft_type")
+    name = str(getattr(given, "value", given))
+    if name not in TYPES:
+        raise SpecError(
+            f"peft_type is {name}; only {', '.join(TYPES)} can be read. Convert it with PEFT, or merge it there",
+            field="peft_type",
+        )
+    return TYPES[name]
+
+
 def _require_pattern(key: str, text: str) -> None:
     try:
         re.compile(text)
@@ -176,20 +167,14 @@ def _require_pattern(key: str, text: str) -> None:
 
 
 def numbers_from_peft(data: Mapping[str, Any], *, trained: bool = False) -> dict[str, Any]:
-    """The fields of a spec but for its targets; `trained` factors need no initialisation, only an untouched base."""
+    """The fields of a spec but for its targets; `trained` tensors need no initialisation, only an untouched base."""
     modules = data.get("modules_to_save")
     if modules is not None and (isinstance(modules, str) or not isinstance(modules, (list, tuple, set))):
         raise SpecError(f"modules_to_save must be a list of names, got {modules!r}", field="modules_to_save")
-    return {
-        "method": "dora" if data.get("use_dora") else "lora",
-        "rank": data.get("r", 8),
-        "alpha": data.get("lora_alpha", 8),
-        "dropout": data.get("lora_dropout") or 0.0,
-        "rank_pattern": data.get("rank_pattern") or {},
-        "alpha_pattern": data.get("alpha_pattern") or {},
-        "scaling": "alpha/sqrt(r)" if data.get("use_rslora") else "alpha/r",
-        "init": _init(data.get("init_lora_weights", True), trained),
-        "bias": data.get("bias") or "none",
+    kind = kind_of(data)
+    bias = data.get("bias") or "none"
+    return kind.read(data, trained) | {
+        "bias": "lora_only" if bias == kind.bias else bias,
         "train_modules": tuple(sorted(modules)) if isinstance(modules, set) else tuple(modules or ()),
     }
 
@@ -214,7 +199,7 @@ def layers_in(data: Mapping[str, Any]) -> list[int] | None:
     return list(layers) if layers else None
 
 
-def _targets(data: Mapping[str, Any]) -> dict[str, Any]:
+def targets_from_peft(data: Mapping[str, Any]) -> dict[str, Any]:
     modules = data.get("target_modules")
     raw = [name.removesuffix(".weight") for name in names_in(data, "target_parameters")]
     layers, patterns = layers_in(data), names_in(data, "layers_pattern")
@@ -249,28 +234,5 @@ def _suffixes(names: list[str]) -> str:
     return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
-def _init(given: Any, trained: bool) -> str:
-    for name, theirs in _INITS.items():
-        if given is theirs or (isinstance(given, str) and given == theirs):
-            return name
-    if given in (False, None, "true", "True") or (trained and given in _BASE_KEEPING):
-        return "kaiming"
-    if given in _BASE_KEEPING:
-        raise SpecError(
-            f"init_lora_weights={given!r} starts from data; choose one of {', '.join(map(repr, _INITS))} as init",
-            field="init",
-        )
-    raise SpecError(
-        f"init_lora_weights={given!r} also changes the base weights, so its factors mean something on that base"
-        " only; save it with"
-        " PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which gives plain LoRA",
-        field="init",
-    )
-
-
 def _or_none(names: Any) -> Any:
     return names if isinstance(names, str) else list(names) or None
-
-
-def _plain(number: float) -> float | int:
-    return int(number) if float(number).is_integer() else number

@@ -10,8 +10,16 @@ from torch import nn
 
 from lrcompile import sites
 from lrcompile.errors import AdapterError, SpecError
-from lrcompile.interop.peft_config import names_in, numbers_from_peft, settings_of, spec_from_peft
-from lrcompile.interop.peft_matching import Unit, module_names, patterns_for, rank_and_alpha, saved_modules, units
+from lrcompile.interop.peft_config import names_in, numbers_from_peft, settings_of, targets_from_peft
+from lrcompile.interop.peft_matching import (
+    Unit,
+    feeds_forward,
+    module_names,
+    patterns_for,
+    rank_and_alpha,
+    saved_modules,
+    units,
+)
 from lrcompile.matching import Matched, match
 from lrcompile.specs import Spec
 from lrcompile.targeting import hits
@@ -33,13 +41,14 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
         raise AdapterError("; ".join(f"{site.name} cannot be adapted: {site.refusal}" for site in refused[:8]))
     names = [unit.site.name for unit in adapted]
     fields["train_modules"] = _train_modules(model, fields["train_modules"])
-    numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
-    fields["rank_pattern"] = patterns_for(
-        fields["rank_pattern"], fields["rank"], {name: rank for name, (rank, _) in numbers.items()}
-    )
-    fields["alpha_pattern"] = patterns_for(
-        fields["alpha_pattern"], fields["alpha"], {name: alpha for name, (_, alpha) in numbers.items()}
-    )
+    if "rank_pattern" in fields:
+        numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
+        ranks = {name: rank for name, (rank, _) in numbers.items()}
+        alphas = {name: alpha for name, (_, alpha) in numbers.items()}
+        fields["rank_pattern"] = patterns_for(fields["rank_pattern"], fields["rank"], ranks)
+        fields["alpha_pattern"] = patterns_for(fields["alpha_pattern"], fields["alpha"], alphas)
+    if "feedforward" in fields:
+        fields["feedforward"] = tuple(unit.site.name for unit in adapted if feeds_forward(data, unit))
     for targets in (
         _own_targets,
         lambda _: {"targets": tuple(names)},
@@ -77,8 +86,7 @@ def _matched(
 
 
 def _own_targets(data: Mapping[str, Any]) -> dict[str, Any]:
-    spec = spec_from_peft(dict(data) | {"init_lora_weights": True})
-    return {"targets": spec.targets, "exclude": spec.exclude, "layers": spec.layers}
+    return targets_from_peft(data)
 
 
 def _train_modules(model: nn.Module, entries: Sequence[str]) -> tuple[str, ...]:

@@ -6,23 +6,26 @@ innermost. A stack of E experts is flat:
 
     lora_A [E·r, in], expert slowest          lora_B [out, r·E], expert fastest
 
-DoRA's magnitudes lie beside the pair, under a name without ".weight".
+DoRA's magnitudes lie beside the pair, under a name without ".weight"; of AdaLoRA's triplets, those that are left.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lrcompile.interop.peft_matching import Unit
+from lrcompile.errors import SpecError
+from lrcompile.interop.peft_matching import Unit, feeds_forward
+from lrcompile.interop.peft_types import LORA, PeftType
 
 PREFIX = "base_model.model"
 
 
-_LORA = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
@@ -32,19 +35,45 @@ class Place:
 
     unit: Unit
     keys: Mapping[str, str]
-    """By tensor of the form."""
+    """By tensor of the form; one that all sites share has one key."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of tensors with one dimension here and more there."""
+    kept: tuple[int, ...] | None = None
+    """The rows of A and E, columns of B, that are there; None: all. What is not counts for nothing, its E being 0."""
 
 
-def places(model: nn.Module, adapted: Sequence[Unit], tensors: Iterable[str] = ("A", "B")) -> list[Place]:
-    """The names under which PEFT stores these tensors of `adapted`."""
-    wrappers, tensors = _wrappers(adapted), tuple(tensors)
+def places(
+    model: nn.Module,
+    adapted: Sequence[Unit],
+    kind: PeftType = LORA,
+    tensors: Iterable[str] = ("A", "B"),
+    config: Mapping[str, Any] | None = None,
+) -> list[Place]:
+    """The names under which PEFT stores these tensors of `adapted`, as `config` says where it does."""
+    wrappers, tensors, config = _wrappers(adapted), tuple(tensors), config or {}
     out = []
     for unit in adapted:
         path = _path(unit.site.host, wrappers)
         prefix = ".".join(path[: len(path) - _depth(model, adapted, unit)])
-        local = _LOOKUP if unit.site.form == "lookup" and not unit.by_parameter else _LORA
-        out.append(Place(unit, {tensor: f"{prefix}.{local[tensor]}" for tensor in tensors}))
+        local = _LOOKUP if unit.site.form == "lookup" and not unit.by_parameter else kind.keys
+        keys = {tensor: kind.shared.get(tensor) or f"{prefix}.{local[tensor]}" for tensor in tensors}
+        shapes = {"gain": (1, -1) if feeds_forward(config, unit) else (-1, 1)} if "gain" in tensors else {}
+        kept = _kept(config, unit) if "E" in tensors else None
+        out.append(Place(unit, keys, shapes, kept))
     return out
+
+
+def _kept(config: Mapping[str, Any], unit: Unit) -> tuple[int, ...] | None:
+    """AdaLoRA's `rank_pattern` in PEFT: by the name of E, which ranks are left."""
+    given = config.get("rank_pattern") or {}
+    mask = given.get(f"{unit.key}.lora_E")
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or not all(isinstance(each, bool) for each in mask):
+        raise SpecError(f"rank_pattern of {unit.key} must be a list of true and false", field="rank_pattern")
+    if len(mask) != config.get("init_r", 12):
+        raise SpecError(f"rank_pattern of {unit.key} has {len(mask)} ranks, not init_r", field="rank_pattern")
+    return tuple(index for index, each in enumerate(mask) if each)
 
 
 def base_key(adapted: Sequence[Unit], name: str) -> str:
@@ -59,26 +88,40 @@ def base_name(key: str) -> str:
     return ".".join(part for part in key.removeprefix(f"{PREFIX}.").split(".") if part not in inner)
 
 
-def pack(model: nn.Module, unit: Unit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `[…, r, in]` and B `[…, out, r]` as PEFT stores them; what else there is, as it is."""
-    out = dict(tensors)
+def pack(model: nn.Module, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `[…, r, in]`, B `[…, out, r]` and what else the form has, as PEFT stores them."""
+    unit, out = place.unit, dict(tensors)
     if unit.by_parameter:
         A, B = (out["B"].mT, out["A"].mT) if _swapped(model, unit) else (out["A"], out["B"])
         if unit.site.copies is not None:
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         out |= {"A": A, "B": B}
-    return out
+    if place.kept is not None:
+        out |= {name: out[name].index_select(dim, _index(place.kept, out[name])) for name, dim in _RANKS.items()}
+    return out | {name: out[name].reshape(shape) for name, shape in place.shapes.items()}
 
 
-def unpack(model: nn.Module, unit: Unit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `pack`."""
-    out = dict(tensors)
+def unpack(model: nn.Module, place: Place, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Inverse of `pack`, at a site of this rank."""
+    unit, out = place.unit, dict(tensors)
     if unit.by_parameter:
         A, B = out["A"], out["B"]
         if unit.site.copies is not None:
             A, B = A.unflatten(0, (unit.site.copies, -1)), B.unflatten(1, (-1, unit.site.copies)).permute(2, 0, 1)
         out |= {"A": B.mT, "B": A.mT} if _swapped(model, unit) else {"A": A, "B": B}
-    return out
+    if place.kept is not None:
+        for name, dim in _RANKS.items():
+            whole = out[name].new_zeros([rank if d == dim else size for d, size in enumerate(out[name].shape)])
+            out[name] = whole.index_copy(dim, _index(place.kept, whole), out[name])
+    return out | {name: out[name].flatten() for name in place.shapes}
+
+
+_RANKS = {"A": 0, "E": 0, "B": 1}
+"""The dimension that counts ranks."""
+
+
+def _index(kept: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(kept, dtype=torch.int64, device=like.device)
 
 
 def _swapped(model: nn.Module, unit: Unit) -> bool:

@@ -7,7 +7,7 @@ PEFT takes a site by its module (`target_modules`) or by its raw parameter (`tar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from lrcompile.sites import ADAPTERS
 from lrcompile.sites.attention import PACKED
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec, pattern_hits
-from lrcompile.targeting import ALL_LINEAR
+from lrcompile.targeting import ALL_LINEAR, hits
 
 _SEQUENCE_HEADS = ("score", "classifier")
 
@@ -85,6 +85,12 @@ def rank_and_alpha(config: Mapping[str, Any], unit: Unit) -> tuple[int, float]:
     return rank, _first(config.get("alpha_pattern") or {}, unit.key, config.get("lora_alpha", 8))
 
 
+def feeds_forward(config: Mapping[str, Any], unit: Unit) -> bool:
+    """Does PEFT's (IA)³ act on the inputs of this layer? It compares ends of names, dots or not."""
+    given = config.get("feedforward_modules") or ()
+    return bool(re.fullmatch(given, unit.key)) if isinstance(given, str) else unit.key.endswith(tuple(given))
+
+
 def saved_modules(model: nn.Module, entries: Sequence[str]) -> list[str]:
     """Modules that `modules_to_save` means: PEFT compares ends of names, dots or not."""
     return [name for name in module_names(model) if any(name.endswith(entry) for entry in entries)]
@@ -96,11 +102,11 @@ def modules_to_save_for(model: nn.Module, entries: Sequence[str]) -> list[str]:
     return list(entries) if saved_modules(model, entries) == ours else ours
 
 
-def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
+def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site], known: Container[str]) -> dict[str, Any]:
     """The settings of PEFT under which it adapts exactly these `sites` of `model`, with the ranks and scales of `spec`.
 
     The spec's own targets where they mean the same to PEFT; else last names, whole names, or a regular expression,
-    whichever is exact.
+    whichever is exact. Of the settings only those that are `known` to the PEFT type.
     """
     whole = _whole_attentions(spec, sites)
     by_module, parameters, numbers = [], [], {}
@@ -127,7 +133,9 @@ def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site]) -> dict[str
     if parameters:
         # PEFT refuses dropout beside target_parameters; what was trained with stands in lrcompile.json
         settings["lora_dropout"] = 0.0
-    return settings
+    forward = [site.host for site in sites if any(hits(spec.options.get("feedforward", ()), n) for n in site.names)]
+    settings["feedforward_modules"] = "|".join(map(re.escape, forward)) if forward else []
+    return {key: value for key, value in settings.items() if key in known or key == "fan_in_fan_out"}
 
 
 def _whole_attentions(spec: Spec, sites: Sequence[Site]) -> set[str]:
