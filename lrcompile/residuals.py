@@ -6,13 +6,13 @@ active and never stored; what is kept, on the host, are the base's bits. The par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrcompile.errors import SpecError
+from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import owners_of_parameters
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
@@ -83,15 +83,44 @@ def _left(site: Site, base: Tensor, live: Sequence[Adapter]) -> Tensor:
 
 
 def _watch_loads(model: nn.Module, wanted: bool) -> None:
-    """A `load_state_dict` may bring other offsets than the weights have given up, or weights of another moment."""
-    hooks: dict[int, Any] = model._load_state_dict_post_hooks
-    present = [key for key, hook in hooks.items() if hook is _after_load]
-    if wanted and not present:
+    """A `load_state_dict` may bring other offsets than the weights have given up, or weights of another base."""
+    before: dict[int, Any] = model._load_state_dict_pre_hooks
+    after: dict[int, Any] = model._load_state_dict_post_hooks
+    ours = [(before, key) for key, hook in before.items() if getattr(hook, "hook", None) is _before_load]
+    ours += [(after, key) for key, hook in after.items() if hook is _after_load]
+    if wanted and not ours:
+        model.register_load_state_dict_pre_hook(_before_load)
         model.register_load_state_dict_post_hook(_after_load)
-    for key in present if not wanted else ():
+    for hooks, key in ours if not wanted else ():
         del hooks[key]
 
 
+def _before_load(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    if has_state(model):
+        state = state_of(model)
+        state.reloaded = tuple(name for name in state.residuals if prefix + name in tensors)
+
+
 def _after_load(model: nn.Module, _: Any) -> None:
-    if has_state(model) and not state_of(model).merged:
-        settle(model, state_of(model))
+    if not has_state(model) or state_of(model).merged:
+        return
+    state = state_of(model)
+    loaded, state.reloaded = {name: model.get_parameter(name).data for name in state.reloaded}, ()
+    settle(model, state)
+    foreign = [
+        name
+        for name, value in loaded.items()
+        if not (_near(value, model.get_parameter(name).data) or torch.equal(value.cpu(), state.residuals[name]))
+    ]
+    if foreign:
+        raise AdapterError(
+            f"the state dict brought {listed(foreign)}, which are neither the weights of the base that the adapter was"
+            " applied to nor what the adapter leaves of them. Load the weights of that base into the model first, then"
+            " apply, then load the state dict"
+        )
+
+
+def _near(value: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order in which another machine adds up."""
+    largest = torch.maximum(value.abs().max(), expected.abs().max())
+    return bool((value - expected).abs().max() <= 8 * torch.finfo(value.dtype).eps * largest)

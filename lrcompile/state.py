@@ -40,6 +40,8 @@ class State:
     residuals: dict[str, Tensor] = field(default_factory=dict)
     """The base's bits of each parameter that holds what active adapters leave of it (`residuals.settle`), on the host.
     """
+    reloaded: tuple[str, ...] = ()
+    """Those of them that a `load_state_dict` under way brings."""
     folds: dict[str, Fold] = field(default_factory=dict)
     """By site name, while merged."""
     merged: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import lrcompile
-from lrcompile.errors import SpecError
+from lrcompile.errors import AdapterError, SpecError
 from lrcompile.state import adapter_set, state_of
 
 METHODS = ["pissa", "milora", "olora"]
@@ -135,6 +135,7 @@ def test_the_bits_are_back_while_disabled_inactive_or_removed(method):
     lrcompile.remove(model)
     assert same(before, model)
     assert not model._load_state_dict_post_hooks
+    assert not model._load_state_dict_pre_hooks
 
 
 def test_merge_folds_into_the_residual_and_everything_comes_back():
@@ -256,6 +257,24 @@ def test_a_loaded_state_dict_is_followed_by_the_weights(part):
     assert torch.equal(two(x), z)
     lrcompile.remove(two)
     assert same(before, two)
+
+
+def test_a_state_dict_of_another_base_is_refused_by_name():
+    torch.manual_seed(1)
+    model, other = base(), base()
+    applied(model)
+    applied(other)
+    with pytest.raises(AdapterError, match=r"0\.weight, 2\.weight.*first, then apply"):
+        other.load_state_dict(model.state_dict())
+
+
+def test_a_state_dict_may_hold_the_bases_own_bits():
+    model, x = trained(applied(base())), torch.randn(4, 17).double()
+    y = model(x)
+    with lrcompile.disabled(model):
+        state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    assert torch.equal(model(x), y)
 
 
 def test_a_folder_is_loaded_onto_the_base(tmp_path):
