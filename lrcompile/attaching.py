@@ -256,7 +256,8 @@ def _place(model: nn.Module, state: State, name: str, built: Built, quantize_bas
         for ancestor in _ancestors(site.host):
             if bypass := mixin_for(model.get_submodule(ancestor)):
                 _swap(model, state, ancestor, bypass)
-        adapter.placed(host)
+        if quantize_base:
+            adapter.placed(host)
 
 
 def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
