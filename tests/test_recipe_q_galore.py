@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
+from lrcompile.deployment.capture import capture
 from lrcompile.int8.groups import empty_groups
 from lrcompile.recipes.forms.q_galore import QuantizedProjectedGradient
 
@@ -208,8 +209,11 @@ def test_conv1d_is_held_as_it_is_stored():
     model = quantized(copy.deepcopy(base))
     assert model[0].weight.shape == (IN, HIDDEN)
     assert (model(x) - expected).abs().max() < 0.1
-    losses = train(model, lrcompile.optimizer(model, torch.optim.AdamW, lr=0.01), [x] * 10)
-    assert losses[-1] < losses[0]
+    before, one = model[0].weight, adapter(model, 0)
+    train(model, lrcompile.optimizer(model, torch.optim.SGD, lr=0.5), [x])
+    change = -0.5 * one.Z.grad @ one.basis(torch.float32)
+    assert change.abs().max() > 3 * one.W_scale.max()
+    assert (model[0].weight - before - change.t()).abs().max() <= one.W_scale.max() * (1 + 1e-4)
     lrcompile.remove(model, keep_trained_weights=True)
     assert type(model[0]) is Conv1D
     assert list(model.state_dict()) == list(base.state_dict())
@@ -255,6 +259,14 @@ def test_a_proof_that_fails_leaves_the_float_weights_untouched():
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert list(before) == list(after)
+
+
+def test_a_captured_program_is_that_of_the_plain_model():
+    model = quantized()
+    program = capture(model, tuple(batches(1))).program
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == ["aten.linear.default", "aten.tanh.default", "aten.linear.default"]
+    assert torch.equal(program.state_dict["0.weight"], model[0].weight)
 
 
 def test_an_export_holds_float_weights_and_verifies(tmp_path):
