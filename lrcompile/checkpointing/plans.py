@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrcompile.checkpointing import files as adapter_files
 from lrcompile.checkpointing.files import Checkpoint
 from lrcompile.errors import AdapterError
+from lrcompile.interop.peft_config import MAX_RANK
 from lrcompile.interop.peft_keys import Place, pack, unpack
 from lrcompile.matching import Matched
 from lrcompile.recipes import recipe
@@ -24,7 +25,6 @@ from lrcompile.state import State
 from lrcompile.wording import listed
 from lrcompile.written import expect_writes
 
-_MAX_RANK = 1 << 24
 _META = torch.device("meta")
 
 
@@ -52,7 +52,7 @@ def blanks(spec: Spec, hit: tuple[Site, ...], folder: Path) -> dict[str, dict[st
         return {}
     for site in hit:
         spec.scale_of(site.name)  # raises where float32 cannot hold it
-        if (rank := spec.rank_of(site.name)) > _MAX_RANK:
+        if (rank := spec.rank_of(site.name)) > MAX_RANK:
             raise AdapterError(f"the adapter in {folder} has rank {rank} at {site.name}; no adapter has")
     form: type[Adapter] = part(method.form)
     shared = form.share(spec, hit, dtype=torch.float32, device=_META)

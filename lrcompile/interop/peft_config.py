@@ -16,6 +16,7 @@ from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 
+MAX_RANK = 1 << 24
 _HARMLESS = frozenset(
     [
         "peft_type",
@@ -118,8 +119,11 @@ def form_of(spec: Spec) -> frozenset[str]:
     if method.form is None:
         return frozenset()
     form: type[Adapter] = part(method.form)
-    site, storage = Site("", "linear", "", "weight", 1, 1), {"dtype": torch.float32, "device": torch.device("meta")}
-    adapter = form.build(spec, site, form.share(spec, [site], **storage), **storage)
+    site, meta = Site("", "linear", "", "weight", 1, 1), torch.device("meta")
+    if (rank := spec.rank_of(site.name)) > MAX_RANK:
+        raise SpecError(f"rank is {rank}; no adapter has", field="rank")
+    shared = form.share(spec, [site], dtype=torch.float32, device=meta)
+    adapter = form.build(spec, site, shared, dtype=torch.float32, device=meta)
     return frozenset(name for name, _ in adapter.named_parameters())
 
 
