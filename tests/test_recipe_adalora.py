@@ -177,6 +177,20 @@ def test_importance_is_that_of_new_weights_and_this_steps_gradients():
         assert torch.allclose(optimizer.state[E][UNCERTAINTY], spread, rtol=1e-14)
 
 
+def test_the_final_choice_is_made_by_the_scores_of_the_step_before():
+    plain, _, _ = trained(adapted(), 8)
+    model, optimizer, _ = trained(adapted(), 7)
+    optimizer.zero_grad()
+    model(**batch(8))["loss"].backward()
+    for adapter in adapters(model):
+        dropped = adapter.E == 0
+        assert dropped.any()
+        adapter.E.grad[dropped] *= 1e6  # would make them the most important ones
+    optimizer.step()
+    for one, two in zip(adapters(plain), adapters(model), strict=True):
+        assert torch.equal(one.E != 0, two.E != 0)
+
+
 # ---- budgets at their edges
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lrcompile.recipes.forms.adalora import TripletAdapter
 from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.specs import Spec
 
 
-def orthogonality(adapters: Sequence[LoraAdapter], spec: Spec) -> Tensor:
+def orthogonality(adapters: Sequence[LoraAdapter | TripletAdapter], spec: Spec) -> Tensor:
     """λ·mean of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F over all A and B of the adapter; the norms are not squared  (arXiv
     2303.10512, as its authors' code has it), λ = `orth_weight`.
 
