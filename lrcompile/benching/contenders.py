@@ -13,7 +13,8 @@ from lrcompile.recipes import recipe
 
 REFERENCE_RANK = 8
 """LoRA's rank; what it trains is everyone's budget."""
-_MOST = 4096
+_MOST = 256
+"""The largest rank that a paper of the family uses with models of this size."""
 
 
 def fields_of(method: str, steps: int, rank: int, lr: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lrcompile.benching.contenders import spec_of
 from lrcompile.benching.tasks import TASKS, Task
 from lrcompile.recipes import recipe
 
-HEAD_LR = 2e-3
+HEAD_LR = 1e-2
 """Of modules every method trains in full: one rate for all, so that the sweep is the method's own."""
 FROZEN = "frozen"
 """The contender without an adapter: only the head trains."""
