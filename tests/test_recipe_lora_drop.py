@@ -492,3 +492,69 @@ def test_processes_that_train_together_are_refused(tmp_path):
             lrcompile.optimizer(adapted(), torch.optim.AdamW, lr=1e-2)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ---- transformers
+
+
+def trainer(model: Any, folder: Any, **settings: Any) -> Any:
+    transformers: Any = pytest.importorskip("transformers")
+    g = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 37, (16, 8), generator=g)]
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(rows)
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
+    optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, scheduler))
+
+
+def llama(nf4: bool = False) -> Any:
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    if nf4:
+        lrcompile.quantize(model, "nf4")
+    return lrcompile.apply(model, lrcompile.spec("lora-drop", **FIELDS | {"warmup_steps": 4, "threshold": 0.3}))
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_trainer_saves_shared_pairs_and_resumes_to_the_bit(stop, tmp_path):
+    model = llama()
+    trainer(model, tmp_path, save_strategy="steps", save_steps=2).train()
+    assert set(stages(model)) == {KEPT, SHARED}
+    resumed = llama()
+    again = trainer(resumed, tmp_path / "again", save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    same(resumed, model)
+    assert len({id(a.A) for a in placed(resumed).values()}) == len({id(a.A) for a in placed(model).values()})
+
+
+def test_it_trains_beside_a_base_in_nf4(tmp_path):
+    model = llama(nf4=True)
+    trainer(model, tmp_path, save_strategy="no").train()
+    assert set(stages(model)) == {KEPT, SHARED}
+    assert not [name for name, value in model.state_dict().items() if value.is_floating_point() and value.isnan().any()]
