@@ -60,7 +60,7 @@ def is_int8(module: nn.Module) -> bool:
 def holder_of(module: Any) -> Holder:
     """The adapter that holds the weight; there is one, since no other may join it."""
     adapters = module._modules[_ADAPTERS]["weight"]
-    return next(adapters[name] for name in adapters if hasattr(adapters[name], "held"))
+    return next(adapters[name] for name in adapters if adapters[name].holds_weight)
 
 
 def hand_over(module: nn.Module) -> nn.Parameter:

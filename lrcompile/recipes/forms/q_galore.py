@@ -31,7 +31,8 @@ class QuantizedProjectedGradient(ProjectedGradient):
     Rows of dq(P) are orthonormal to about 1/15 of their largest number only. Each time P is found, the cosine between
     its first direction and the one before is noted, without its sign, which a singular vector does not have (the
     official code keeps the sign); when the mean of the last five reaches `similarity`, the gap T between renewals of
-    this site doubles. Groups, gap and cosines are buffers, so that a resumed run goes on with them.
+    this site doubles. Groups, gap and cosines are buffers, so that a resumed run goes on with them; every process of a
+    data-parallel run computes the same, so give DistributedDataParallel broadcast_buffers=False.
     """
 
     holds_weight = True
