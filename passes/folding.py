@@ -113,11 +113,14 @@ def through_reshapes(node: Any) -> tuple[Any, list[fx.Node]]:
     return node, passed
 
 
-def place(view: View, transposed: bool) -> tuple[Any, ...]:
-    """Which numbers of which tensor a view reads as `[out, in]`, or as `[in, out]` if `transposed`."""
-    part = view.of(torch.empty(tuple(view.source.meta["val"].shape), device="meta"))
+def place(view: View, transposed: bool, tensors: Tensors) -> tuple[Any, ...]:
+    """Where the numbers lie that a view reads as `[out, in]`, or as `[in, out]` if `transposed`.
+
+    A tensor that an earlier fold gave to one use alone still holds the numbers of the one it was copied from.
+    """
+    part = view.of(tensors.get(view.source))
     part = part.mT if transposed else part
-    return (view.source, part.storage_offset(), part.stride(), part.shape)
+    return (part.data_ptr(), part.dtype, part.stride(), part.shape)
 
 
 def require_same_input(product: Product, x: Any) -> None:

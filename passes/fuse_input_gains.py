@@ -55,7 +55,8 @@ def _require_same_map(base: fx.Node, more: fx.Node, tensors: Tensors) -> None:
         same = base.args[1:5] == more.args[1:5] and base.args[6:] == more.args[6:] and more.args[5] is None
     else:
         one, other = (product_below(each, tensors) for each in (base, more))
-        same = place(one.view, one.transposed) == place(other.view, other.transposed) and other.bias is None
+        first, second = (place(each.view, each.transposed, tensors) for each in (one, other))
+        same = first == second and other.bias is None
     if not same:
         raise NotFoldable("its two products have not the same weight")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from lrcompile.passes.base import Equivalence, Pass, Program, Result, Update
-from lrcompile.passes.folding import Fold, NotFoldable, Part, Product, fold_all, held_values, product_below
+from lrcompile.passes.folding import Fold, NotFoldable, Part, Product, fold_all, held_values, place, product_below
 from lrcompile.passes.nodes import GAIN
 from lrcompile.passes.tensors import Tensors, View
 
@@ -72,7 +72,9 @@ def _bias(product: Product, kept: Any, tensors: Tensors, program: Program) -> tu
     held, stays = tensors.view(product.bias), tensors.view(kept)
     if product.bias is not None and held is None:
         raise NotFoldable("its bias is computed, not held")
-    if kept is not None and (held is None or stays is None or held.source is not stays.source):
+    if kept is not None and (
+        held is None or stays is None or place(held, False, tensors) != place(stays, False, tensors)
+    ):
         raise NotFoldable("it keeps something else of its base output than the bias")
     if held is None or product.bias is None:
         return None

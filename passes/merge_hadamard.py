@@ -74,7 +74,7 @@ def _match(node: fx.Node, tensors: Tensors, program: Program) -> Fold | None:
 def _is_weight(W: Any, product: Product, tensors: Tensors, program: Program) -> bool:
     """Is W, transposed or computed from the same codes, what the product reads?"""
     view = tensors.view(W)
-    if view is not None and place(view, False) == place(product.view, product.transposed):
+    if view is not None and place(view, False, tensors) == place(product.view, product.transposed, tensors):
         return True
     pending = program.pending.get(tensors.targets[product.view.source.name])
     value = tensors.value(W)

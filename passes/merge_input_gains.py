@@ -46,7 +46,8 @@ def _match(node: fx.Node, tensors: Tensors, program: Program) -> Fold | None:
     found = gained(node)
     product = product_below(found.sum.args[0], tensors)
     more = product_below(found.sum.args[1], tensors)
-    if place(product.view, product.transposed) != place(more.view, more.transposed) or more.bias is not None:
+    one, other = (place(each.view, each.transposed, tensors) for each in (product, more))
+    if one != other or more.bias is not None:
         raise NotFoldable("its two products have not the same weight")
     g = node.args[1]
     (gains,) = held_values(tensors, [g], "gains")

@@ -77,6 +77,21 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 
 def tidy(program: ExportedProgram) -> None:
     """Drop what nothing uses any more, check the graph, and make its code anew."""
+    _drop_checks_of_constants(program)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.graph_module.recompile()
+
+
+def _drop_checks_of_constants(program: ExportedProgram) -> None:
+    """Capture asserts the dtype of everything that is cast; of what held tensors alone decide that is known, and the
+    assertion would keep what it looks at in the program.
+    """
+    held = Tensors(program).targets
+    constant: set[fx.Node] = set()
+    for node in list(program.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.name in held or (node.op == "call_function" and inputs and constant.issuperset(inputs)):
+            constant.add(node)
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                program.graph.erase_node(node)

@@ -133,7 +133,9 @@ def test_it_saves_and_loads(tmp_path):
 
 def test_it_trains_beside_nf4_weights_and_exports(tmp_path):
     pytest.importorskip("onnx")
-    model = lrcompile.quantize(nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), "nf4", exclude=["2"])
+    model: Any = lrcompile.quantize(
+        nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), "nf4", exclude=["2"]
+    )
     x = torch.randn(4, 32)
     y = model(x)
     lrcompile.apply(model, lrcompile.spec("bitfit"), example_inputs=(x,))
@@ -145,7 +147,7 @@ def test_it_trains_beside_nf4_weights_and_exports(tmp_path):
 
 
 def test_compiled_it_trains_alike():
-    model = lrcompile.apply(Net(), lrcompile.spec("bitfit"))
+    model: Any = lrcompile.apply(Net(), lrcompile.spec("bitfit"))
     model(X).square().sum().backward()
     expected, model.fc.bias.grad = model.fc.bias.grad.clone(), None
     torch._dynamo.reset()

@@ -446,8 +446,8 @@ def test_an_export_computes_the_same_in_onnx_runtime(form, nf4, tmp_path):
     onnx = pytest.importorskip("onnx")
     model: Any = nn.Sequential(layer(dtype=torch.float32, inside=32, out=64)[0], nn.Tanh(), Conv1D(5, 64))
     model = adapted(lrcompile.quantize(model, "nf4", block_size=32) if nf4 else model)
-    into = {"into": "float32"} if nf4 and form == "merge" else {}
-    made = lrcompile.export(model, tmp_path / "m.onnx", (inputs(32, dtype=torch.float32),), adapters=form, **into)
+    into = "float32" if nf4 and form == "merge" else None
+    made = lrcompile.export(model, tmp_path / "m.onnx", (inputs(32, dtype=torch.float32),), adapters=form, into=into)
     assert made.verify().ok
     operations = [node.op_type for node in onnx.load(made.path).graph.node]
     norms = {"Sqrt", "ReduceL2", "ReduceSum", "Div"}

@@ -135,7 +135,7 @@ def test_biases_that_train_are_scaled_by_a_merge_and_kept_as_trained():
 
 
 def test_a_bias_shared_with_another_layer_stays_there():
-    model = nn.Sequential(layer()[0], layer(inside=OUT)[0])
+    model: Any = nn.Sequential(layer()[0], layer(inside=OUT)[0])
     model[1].bias = model[0].bias
     kept, x = model[0].bias.clone(), inputs()
     model = trained(lrcompile.apply(model, lrcompile.spec("ia3", targets=["0"])))
@@ -252,8 +252,8 @@ def test_an_export_computes_the_same_in_onnx_runtime(form, nf4, tmp_path):
     model: Any = nn.Sequential(layer(dtype=torch.float32, inside=32, out=64)[0], nn.Tanh(), Conv1D(5, 64))
     model = lrcompile.quantize(model, "nf4", block_size=32) if nf4 else model
     model = trained(lrcompile.apply(model, lrcompile.spec("ia3", feedforward=["2"])))
-    into = {"into": "float32"} if nf4 and form == "merge" else {}
-    made = lrcompile.export(model, tmp_path / "m.onnx", (inputs(32, dtype=torch.float32),), adapters=form, **into)
+    into = "float32" if nf4 and form == "merge" else None
+    made = lrcompile.export(model, tmp_path / "m.onnx", (inputs(32, dtype=torch.float32),), adapters=form, into=into)
     assert made.verify().ok
     operations = [node.op_type for node in onnx.load(made.path).graph.node]
     if form == "merge":
