@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import owners_of_parameters
+from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, has_state, state_of
@@ -40,6 +41,25 @@ def settle(model: nn.Module, state: State) -> None:
 def base_below(model: nn.Module, parameter: str) -> Tensor | None:
     """The base's bits of a parameter that holds a residual now, on the host; None where it holds its own."""
     return state_of(model).residuals.get(parameter) if has_state(model) else None
+
+
+def refuse_writers(model: nn.Module, state: State, names: Iterable[str]) -> None:
+    """Raise `AdapterError` if one of these adapters would write a weight that another has taken its part off: the
+    base's bits, kept elsewhere, would never know.
+    """
+    folding: dict[str, str] = {}
+    writing: dict[str, str] = {}
+    for name in names:
+        writes = recipe(state.specs[name].method).writes_base
+        for site in state.sites[name]:
+            if writes or adapter_set(model, site)[name].folded:
+                (writing if writes else folding)[site.parameter] = name
+    for parameter in [parameter for parameter in writing if parameter in folding]:
+        raise AdapterError(
+            f"adapter {writing[parameter]!r} writes {parameter!r} while it trains, which holds only what adapter"
+            f" {folding[parameter]!r} leaves of it, so they cannot be active together; apply {folding[parameter]!r}"
+            " with residual='keep'"
+        )
 
 
 def notes_of(model: nn.Module) -> list[str]:

@@ -209,6 +209,16 @@ def test_the_report_says_that_weights_are_not_the_bases_now():
     assert "leave of them" not in str(lrcompile.report(model))
 
 
+def test_an_adapter_that_writes_the_weight_cannot_be_active_beside():
+    model, x = applied(base(), name="a"), torch.randn(4, 17).double()
+    lrcompile.apply(model, lrcompile.spec("plora", rank=2, period=2, momentum=0.5, targets=["0"]), name="b")
+    y = model(x)
+    with pytest.raises(AdapterError, match=r"'b' writes '0\.weight'.*'a'.*residual='keep'"):
+        lrcompile.activate(model, ["a", "b"])
+    assert torch.equal(model(x), y)
+    lrcompile.activate(model, "a")
+
+
 def test_a_copy_is_independent():
     model, x = base(), torch.randn(4, 17).double()
     before = bits(model)
