@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from zoo import allocated
 from zoo.sharded import WORLD, adapted, batch, step, worker
 
 
@@ -32,3 +33,16 @@ def test_one_sharded_step_of_two_processes_equals_the_step_of_one(tmp_path: Path
     for name, p in whole.named_parameters():
         assert_close(sharded["parameters"][name], p.detach(), rtol=limit, atol=limit)
         assert torch.equal(p, start[name]) == ("lrcompile_adapters" not in name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_adalora_allocates_in_two_processes_as_in_one(kind: str, tmp_path: Path):
+    whole = allocated.train(allocated.adapted())
+    arguments = (_free_port(), kind, str(tmp_path / "trained.pt"))
+    torch.multiprocessing.spawn(allocated.worker, arguments, nprocs=allocated.WORLD)
+    shared = torch.load(tmp_path / "trained.pt", weights_only=True)
+    assert shared.keys() == whole.keys()
+    for name, value in whole.items():
+        assert_close(shared[name], value, rtol=1e-8, atol=1e-10)
+    assert sum(int(value.count_nonzero()) for name, value in shared.items() if name.endswith(".E")) == 4

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrcompile.optim.rule import Rule, Step
 from lrcompile.recipes.forms.adalora import TripletAdapter
+from lrcompile.sharding import like, whole
 from lrcompile.specs import Spec
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -74,6 +75,7 @@ class Allocation(Rule):
         if step.number >= last or (step.number > spec.tinit and step.number % spec.delta_t == 0):
             masks = self._dropped(state, adapters, step.number)
             for adapter, mask in zip(adapters, masks, strict=True):
+                mask = like(adapter.E, mask)
                 adapter.E.masked_fill_(mask, 0.0)
                 if step.number >= last:
                     _settle(state, adapter, mask)
@@ -99,7 +101,7 @@ class Allocation(Rule):
         start = sum(adapter.E.numel() for adapter in adapters)
         target = self.spec.target_rank * sum(adapter.E.numel() // adapter.rank for adapter in adapters)
         count = start - budget(self.spec, step, start, target)
-        return [mask.unsqueeze(-1) for mask in least([_scores(state, adapter) for adapter in adapters], count)]
+        return [mask.unsqueeze(-1) for mask in least([whole(_scores(state, adapter)) for adapter in adapters], count)]
 
 
 def _scores(state: State, adapter: TripletAdapter) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrcompile.recipes.forms.adalora import TripletAdapter
 from lrcompile.recipes.forms.pair import LoraAdapter
+from lrcompile.sharding import whole
 from lrcompile.specs import Spec
 
 
@@ -18,10 +19,10 @@ def orthogonality(adapters: Sequence[LoraAdapter | TripletAdapter], spec: Spec) 
 
     A `[..., rank, in]`, B `[..., out, rank]`; each map of a stack has a pair of its own. Returns a 0-d tensor.
     """
-    factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B.mT)]
+    device = adapters[0].A.device
     if not spec.orth_weight:
-        return torch.zeros((), device=factors[0].device)
-    device = factors[0].device
+        return torch.zeros((), device=device)
+    factors = [factor for adapter in adapters for factor in (whole(adapter.A), whole(adapter.B).mT)]
     with torch.autocast(device.type, enabled=False):  # ‖AAᵀ − I‖ is a difference of nearly equal numbers
         defects = [_defect(factor).flatten().to(device) for factor in factors]
         return spec.orth_weight * torch.cat(defects).mean()
