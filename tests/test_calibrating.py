@@ -332,6 +332,22 @@ def test_an_example_proves_a_measured_adapter_and_leaves_it_as_measured():
         assert all(torch.equal(a[key], b[key]) for key in a), method
 
 
+@pytest.mark.parametrize("method", GRADIENT + INPUT)
+def test_a_measured_adapter_is_saved_and_loaded_without_the_data(method, tmp_path):
+    torch.manual_seed(0)
+    net, fresh = Net(), Net()
+    fresh.load_state_dict(net.state_dict())
+    lrcompile.apply(net, spec_of(method), data=batches())
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            if tensor.requires_grad:
+                tensor.add_(torch.randn_like(tensor), alpha=0.1 if name.endswith(".A") else 0.3)
+    lrcompile.save(net, tmp_path / "adapter")
+    lrcompile.load(fresh, tmp_path / "adapter")
+    x = batches(1)[0]["x"]
+    assert torch.equal(net.eval()(x)["y"], fresh.eval()(x)["y"])
+
+
 def test_progress_appears_when_it_takes_long(monkeypatch):
     seen: list[tuple[str, int]] = []
 
