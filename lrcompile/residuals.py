@@ -43,22 +43,25 @@ def base_below(model: nn.Module, parameter: str) -> Tensor | None:
     return state_of(model).residuals.get(parameter) if has_state(model) else None
 
 
-def refuse_writers(model: nn.Module, state: State, names: Iterable[str]) -> None:
-    """Raise `AdapterError` if one of these adapters would write a weight that another has taken its part off: the
-    base's bits, kept elsewhere, would never know.
+def refuse_beside_residuals(model: nn.Module, state: State, names: Iterable[str]) -> None:
+    """Raise `AdapterError` if one of these adapters writes or reads a weight that another has taken its part off: what
+    is written would be lost with the residual, and what is read is not the base.
     """
     folding: dict[str, str] = {}
-    writing: dict[str, str] = {}
+    using: dict[str, tuple[str, str]] = {}
     for name in names:
         writes = recipe(state.specs[name].method).writes_base
         for site in state.sites[name]:
-            if writes or adapter_set(model, site)[name].folded:
-                (writing if writes else folding)[site.parameter] = name
-    for parameter in [parameter for parameter in writing if parameter in folding]:
+            adapter = adapter_set(model, site)[name]
+            if adapter.folded:
+                folding[site.parameter] = name
+            elif writes or adapter.reads_weight:
+                using[site.parameter] = (name, "writes" if writes else "reads")
+    for parameter in [parameter for parameter in using if parameter in folding]:
+        (name, does), other = using[parameter], folding[parameter]
         raise AdapterError(
-            f"adapter {writing[parameter]!r} writes {parameter!r} while it trains, which holds only what adapter"
-            f" {folding[parameter]!r} leaves of it, so they cannot be active together; apply {folding[parameter]!r}"
-            " with residual='keep'"
+            f"adapter {name!r} {does} {parameter!r}, which holds only what adapter {other!r} leaves of it, so they"
+            f" cannot be active together; apply {other!r} with residual='keep'"
         )
 
 

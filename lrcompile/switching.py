@@ -11,7 +11,7 @@ from torch import fx, nn
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
 from lrcompile.recipes import recipe
-from lrcompile.residuals import refuse_writers, settle
+from lrcompile.residuals import refuse_beside_residuals, settle
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
@@ -39,7 +39,7 @@ def activate(
         require_name(state, name)
     if state.merged:
         raise MergeError("the model is merged; call lrcompile.unmerge(model) before changing which adapters are active")
-    refuse_writers(model, state, chosen)
+    refuse_beside_residuals(model, state, chosen)
     state.trained.show(model, chosen)
     state.active = chosen
     for site in all_sites(state):

@@ -209,11 +209,14 @@ def test_the_report_says_that_weights_are_not_the_bases_now():
     assert "leave of them" not in str(lrcompile.report(model))
 
 
-def test_an_adapter_that_writes_the_weight_cannot_be_active_beside():
+@pytest.mark.parametrize(
+    ("method", "does", "fields"), [("plora", "writes", {"period": 2, "momentum": 0.5}), ("dora", "reads", {})]
+)
+def test_an_adapter_that_writes_or_reads_the_weight_cannot_be_active_beside(method, does, fields):
     model, x = applied(base(), name="a"), torch.randn(4, 17).double()
-    lrcompile.apply(model, lrcompile.spec("plora", rank=2, period=2, momentum=0.5, targets=["0"]), name="b")
+    lrcompile.apply(model, lrcompile.spec(method, rank=2, targets=["0"], **fields), name="b")
     y = model(x)
-    with pytest.raises(AdapterError, match=r"'b' writes '0\.weight'.*'a'.*residual='keep'"):
+    with pytest.raises(AdapterError, match=rf"'b' {does} '0\.weight'.*'a'.*residual='keep'"):
         lrcompile.activate(model, ["a", "b"])
     assert torch.equal(model(x), y)
     lrcompile.activate(model, "a")

@@ -71,6 +71,8 @@ class Adapter(nn.Module):
     scale: Tensor
     folded = False
     """A part of the weight is taken off it, and acts through the factors, while the adapter is active."""
+    reads_weight = False
+    """What it computes depends on the weight's values, so another adapter must not take its part off them."""
 
     @classmethod
     def build(cls, spec: Spec, site: Site, shared: Any, *, dtype: torch.dtype, device: torch.device) -> Adapter:

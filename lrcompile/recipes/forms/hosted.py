@@ -20,6 +20,7 @@ from lrcompile.specs import Spec
 class Hosted(Adapter):
     """An adapter beside a linear layer, float or NF4, that reads the layer's own tensors."""
 
+    reads_weight = True
     transposed = False
     """The layer holds W as `[in, out]`."""
 
