@@ -79,8 +79,8 @@ def spec_of(method: str, **fields: Any) -> lrcompile.Spec:
 def applied(method: str, model: Any = None, **fields: Any) -> Any:
     model = base() if model is None else model
     dtype = next(model.parameters()).dtype
-    data = {"data": batches(2, dtype)} if recipe(method).calibration else {}
-    return lrcompile.apply(model, spec_of(method, **fields), **data)
+    data = batches(2, dtype) if recipe(method).calibration else None
+    return lrcompile.apply(model, spec_of(method, **fields), data=data)
 
 
 def optimizer_of(method: str, model: nn.Module, lr: float = 0.02) -> torch.optim.Optimizer:

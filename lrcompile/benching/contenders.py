@@ -19,7 +19,7 @@ _MOST = 256
 
 def fields_of(method: str, steps: int, rank: int, lr: float) -> dict[str, Any]:
     """The method's own fields for a run of `steps`, where it has no usual value or that is meant for long runs."""
-    own: dict[str, Any] = {
+    own: dict[str, dict[str, Any]] = {
         "adalora": {
             "target_rank": max(1, rank * 2 // 3), "total_steps": steps, "tinit": steps // 10, "tfinal": steps // 3,
         },
@@ -29,9 +29,9 @@ def fields_of(method: str, steps: int, rank: int, lr: float) -> dict[str, Any]:
         "lora-drop": {"warmup_steps": max(2, steps // 5)},
         "plora": {"period": max(1, steps // 3), "momentum": 1.0},
         "lora-sb": {"first_lr": lr},
-    }.get(method, {})  # fmt: skip
+    }  # fmt: skip
     quantized = {"compute_dtype": "float32"} if recipe(method).quantizes_base else {}  # the tasks' activations are
-    return {**own, **quantized}
+    return {**own.get(method, {}), **quantized}
 
 
 def spec_of(method: str, *, rank: int, steps: int, lr: float, seed: int, head: Sequence[str]) -> lrcompile.Spec:

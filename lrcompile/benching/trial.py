@@ -49,9 +49,21 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     torch.manual_seed(trial.seed)
     started = time.perf_counter()
     model = adapted(task, trial)
+    losses = _train(model, task, trial)
+    model.eval()
+    quality = task.quality(model, trial.part) if all(map(math.isfinite, losses)) else None
+    quality = quality if quality is not None and math.isfinite(quality) else None
+    return {**asdict(trial), "quality": quality, "losses": losses, "seconds": time.perf_counter() - started}
+
+
+def _train(model: nn.Module, task: Task, trial: Trial) -> list[float]:
+    """The losses, ending with the first that is not finite; none where nothing trains."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return []
     optimizer = optimizer_of(model, trial.method, trial.lr, task)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear(trial.steps))
-    losses = []
+    losses: list[float] = []
     model.train()
     for batch in task.batches(trial.seed, trial.steps):
         optimizer.zero_grad()
@@ -60,13 +72,10 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         if not math.isfinite(losses[-1]):
             break
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         rate.step()
-    model.eval()
-    quality = task.quality(model, trial.part) if math.isfinite(losses[-1]) else None
-    quality = quality if quality is not None and math.isfinite(quality) else None
-    return {**asdict(trial), "quality": quality, "losses": losses, "seconds": time.perf_counter() - started}
+    return losses
 
 
 def adapted(task: Task, trial: Trial) -> nn.Module:
