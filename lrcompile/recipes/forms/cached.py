@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -37,10 +38,12 @@ class Cached:
     def get(self, tensors: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """compute(), a function of `tensors` alone; its result is an ordinary tensor even in inference mode."""
         stamp = _stamp(tensors)
-        if self._value is None or stamp is None or stamp != self._stamp:
-            with torch.inference_mode(False), torch.no_grad():
-                self._stamp, self._value = stamp, compute()
-        return self._value
+        if stamp is not None and stamp == self._stamp and self._value is not None:
+            return self._value
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+        self._stamp, self._value = (stamp, value) if stamp is not None else (None, None)
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Cached, ())
@@ -51,7 +54,7 @@ def _stamp(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
 
     The weak reference keeps a freed storage's address from being given to another one, but not its memory.
     """
-    if any(tensor.is_inference() for tensor in tensors):  # these count no versions
-        return None
+    if any(tensor.is_inference() or is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        return None  # the one counts no versions, the other is a view into a transform
     states = ((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype, t.device) for t in tensors)
     return (_steps if any(tensor.requires_grad for tensor in tensors) else None, *states)

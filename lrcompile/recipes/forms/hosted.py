@@ -39,7 +39,7 @@ class Hosted(Adapter):
             layout = layout_of(host)  # all at once: a graph cannot hold the loop that writes it chunk by chunk
             W = dequantize_nf4(codes_of(host), layout.shape, layout.block_size, wide_dtype(host), whole=True)
             return W.t() if layout.transposed else W
-        weight = host.get_parameter("weight")
+        weight: Any = host.weight
         return weight.t() if self.transposed else weight
 
     def base_product(self, host: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,8 +75,8 @@ def _wide_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def wide_dtype(host: nn.Module) -> torch.dtype:
     """What sums over W are formed in: float32, or float64 for a float64 layer."""
-    held = layout_of(host).dtype if is_nf4(host) else host.get_parameter("weight").dtype
-    return torch.promote_types(held, torch.float32)
+    held: Any = layout_of(host) if is_nf4(host) else host.weight
+    return torch.promote_types(held.dtype, torch.float32)
 
 
 def base_bias(host: nn.Module) -> Tensor | None:
@@ -88,7 +88,8 @@ def base_tensors(host: nn.Module) -> tuple[Tensor, ...]:
     """The tensors that W is held in."""
     if is_nf4(host):
         return tuple(tensor for tensor in codes_of(host) if tensor is not None)
-    return (host.get_parameter("weight"),)
+    weight: Any = host.weight
+    return (weight,)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
