@@ -98,7 +98,8 @@ class Tensors:
         inputs = {each: self.value(each) for each in node.all_input_nodes}
         if any(value is None for value in inputs.values()):
             return None
-        args, kwargs = (fx.node.map_arg(each, inputs.__getitem__) for each in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, inputs.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, inputs.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:

@@ -57,7 +57,7 @@ def test_it_saves_loads_converts_and_exports(gated, tmp_path):
     expected = gated(x).logits.detach()
     lrcompile.save(gated, tmp_path / "adapter")
     other = lrcompile.load(base(), tmp_path / "adapter").eval()
-    assert torch.equal(other(x).logits, expected)  # type: ignore[operator]
+    assert torch.equal(other(x).logits, expected)
     assert lrcompile.export(gated, tmp_path / "model.onnx", {"x": x}).verify().ok
     lrcompile.to_lora(gated)
     assert torch.allclose(gated(x).logits, expected, atol=1e-5)
