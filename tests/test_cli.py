@@ -22,7 +22,9 @@ from lrcompile.demo.opening import open_model
 from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.pipeline import Pipeline
 
-COMMANDS = ("demo", "run", "plan", "train", "merge", "quantize", "export", "verify", "golden", "passes", "methods", "bench")
+COMMANDS = (
+    "demo", "run", "plan", "train", "merge", "quantize", "export", "verify", "golden", "passes", "methods", "bench",
+)  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
 
