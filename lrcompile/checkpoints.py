@@ -76,11 +76,11 @@ def load(
     The adapter becomes the only active one, and trains only if `trainable`. Tensors keep the checkpoint's bits and
     dtype (those trained in full take the dtype of the parameter they stand for). With `replace` it takes the place of
     the adapter of that name. Nothing is unpickled, and no method needs its data again. Weights that the method had
-    written take the place of the base's, whose bits are kept: `disabled` and `remove` give them back. With
-    `residual="fold"` the weights are formed anew from the base's. `qpissa` and `loftq` load into the NF4 base with the
-    codes they chose and into no other: quantize the float base as their spec says, then give it the saved codes with
-    `load_state_dict`. `nn.MultiheadAttention` computes the documented mathematics; PEFT 0.21 applies the update of its
-    `out_proj` twice, and the report says so.
+    written take the place of the base's, whose bits are kept: `disabled` and `remove` give them back (not with
+    `q-galore`, which holds the weight itself, in INT8). With `residual="fold"` the weights are formed anew from the
+    base's. `qpissa` and `loftq` load into the NF4 base with the codes they chose and into no other: quantize the float
+    base as their spec says, then give it the saved codes with `load_state_dict`. `nn.MultiheadAttention` computes the
+    documented mathematics; PEFT 0.21 applies the update of its `out_proj` twice, and the report says so.
 
     Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and dtypes, values that are not
     finite; or that says what differs between this base and the adapter's, or which setting has no counterpart. On any

@@ -287,7 +287,15 @@ def test_chosen_codes_are_recognised_and_no_others_are_taken(method: str, tmp_pa
         linear(), targets=r"layers\.\d", block_size=spec.block_size, double_quant=spec.double_quant
     )
     refused(tmp_path / "a", "other values", usual)
-    assert "base_model_name_or_path" not in json.loads((tmp_path / "a" / CONFIG).read_text())
+
+
+@pytest.mark.parametrize("method", ["lora", *CHOSEN_CODES])
+def test_peft_is_not_sent_to_a_base_that_has_other_codes(method: str, tmp_path: Path):
+    model = adapted(method)
+    model.__dict__["name_or_path"] = "where/it/came/from"
+    lrcompile.save(model, tmp_path / "a")
+    named = json.loads((tmp_path / "a" / CONFIG).read_text()).get("base_model_name_or_path")
+    assert named == (None if method in CHOSEN_CODES else "where/it/came/from")
 
 
 @pytest.mark.parametrize("method", CHOSEN_CODES)
@@ -431,14 +439,17 @@ def test_a_method_that_pefts_layout_cannot_hold_is_refused_there(tmp_path: Path)
         refused(folder, f"{method} has no counterpart|is {method}, which keeps")
 
 
-@settings(
-    deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+@pytest.mark.parametrize(
+    "method", ["shared", *(m for m in ("delta-lora", "vera", "adalora", "ia3", "dora") if m in METHODS)]
 )
+@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]))
-def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(tmp_path: Path, data: st.DataObject, name: str):
+def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(
+    method: str, tmp_path: Path, data: st.DataObject, name: str
+):
     folder = tmp_path / "a"
     if not folder.exists():
-        shared_pair(folder)
+        shared_pair(folder) if method == "shared" else lrcompile.save(adapted(method), folder)
     files = {each: (folder / each).read_bytes() for each in (CONFIG, OURS, WEIGHTS)}
     content = bytearray(files[name])
     size = 8 + int.from_bytes(content[:8], "little") if name == WEIGHTS else len(content)

@@ -97,42 +97,39 @@ def _init(given: Any, trained: bool) -> str:
 
 
 _ADALORA = {
-    "target_r": "target_rank",
-    "total_step": "total_steps",
-    "tinit": "tinit",
-    "tfinal": "tfinal",
-    "deltaT": "delta_t",
-    "beta1": "beta1",
-    "beta2": "beta2",
-    "orth_reg_weight": "orth_weight",
+    "target_r": ("target_rank", 8),
+    "total_step": ("total_steps", None),
+    "tinit": ("tinit", 0),
+    "tfinal": ("tfinal", 0),
+    "deltaT": ("delta_t", 1),
+    "beta1": ("beta1", 0.85),
+    "beta2": ("beta2", 0.85),
+    "orth_reg_weight": ("orth_weight", 0.5),
 }
-_ADALORA_DEFAULTS = {"target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85}
+"""By PEFT's name: ours, and PEFT's default."""
 
 
 def _write_adalora(spec: Spec) -> dict[str, Any]:
-    numbers = {theirs: spec.options[ours] for theirs, ours in _ADALORA.items()}
     return {
         "init_r": spec.rank,
         "lora_alpha": plain(spec.alpha),
         "lora_dropout": spec.dropout,
         "init_lora_weights": True,
         "rank_pattern": None,
-        **numbers,
+        **{theirs: spec.options[ours] for theirs, (ours, _) in _ADALORA.items()},
     }
 
 
 def _read_adalora(data: Mapping[str, Any], trained: bool) -> dict[str, Any]:
-    defaults = {**_ADALORA_DEFAULTS, "orth_reg_weight": 0.5}
-    rank, alpha = data.get("init_r", 12), data.get("lora_alpha", 8)
     if data.get("total_step") is None:
         raise SpecError("PEFT's total_step is not given; an AdaLoRA budget needs it", field="total_step")
-    numbers = {ours: data.get(theirs, defaults.get(theirs)) for theirs, ours in _ADALORA.items()}
+    rank, alpha = data.get("init_r", 12), data.get("lora_alpha", 8)
     return {
         "method": "adalora",
         "rank": rank,
         "alpha": rank if isinstance(alpha, (int, float)) and alpha <= 0 else alpha,  # as PEFT takes it
         "dropout": data.get("lora_dropout") or 0.0,
-        **numbers,
+        **{ours: data.get(theirs, default) for theirs, (ours, default) in _ADALORA.items()},
     }
 
 
