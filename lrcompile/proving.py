@@ -146,6 +146,7 @@ def _probing(model: nn.Module, name: str) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in factors:
                     tensor.copy_(value)
+            state_of(model).aux_used = False
 
 
 def _run(model: nn.Module, example_inputs: Any, *, backward: bool = False, seed: int = 0) -> list[Tensor]:
