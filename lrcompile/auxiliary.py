@@ -41,7 +41,7 @@ def _aux_loss(model: nn.Module, state: State) -> Tensor:
         if function is not None and name in state.training:
             adapters = [adapter_set(model, site)[name] for site in state.sites[name]]
             total = total + function(adapters, state.specs[name]).to(total.device)
-    if torch.compiler.is_compiling():  # a captured graph takes no hooks on tensors within it
+    if total.requires_grad and torch.compiler.is_compiling():  # a captured graph takes no hooks on tensors within it
         state.aux_used = True
     elif total.requires_grad:
         total.register_hook(partial(_mark, state))

@@ -81,7 +81,7 @@ def filled(model: Any) -> Any:
 def test_it_is_the_mean_of_the_norms_of_what_A_and_B_lack_of_being_orthonormal():
     model = filled(adapted(orth_weight=0.3))
     norms = [defect(rows) for adapter in adapters(model) for rows in (adapter.A, adapter.B.mT)]
-    assert float(lrcompile.aux_loss(model)) == pytest.approx(0.3 * sum(norms) / 4, rel=1e-12)
+    assert lrcompile.aux_loss(model).item() == pytest.approx(0.3 * sum(norms) / 4, rel=1e-12)
 
 
 def test_every_map_of_a_stack_has_factors_of_its_own():
@@ -252,6 +252,14 @@ def test_a_step_whose_loss_is_another_is_refused_until_it_is_added():
         optimizer.step()
 
 
+def test_the_proof_that_apply_runs_is_no_training_step():
+    model = lrcompile.apply(Model(), spec(), example_inputs=batch()).train()
+    optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.1)
+    model(batch()["x"])["y"].sum().backward()
+    with pytest.raises(AdapterError, match="aux_loss"):
+        optimizer.step()
+
+
 def test_a_weight_of_zero_asks_for_nothing():
     model = adapted(orth_weight=0)
     optimizer = lrcompile.optimizer(model, torch.optim.SGD, lr=0.1)
@@ -318,7 +326,9 @@ def close(one: dict[str, Tensor], two: dict[str, Tensor], atol: float) -> None:
         assert torch.allclose(value, two[key], rtol=0, atol=atol), (key, float((value - two[key]).abs().max()))
 
 
-def by_trainer(model: Any, folder: Any, *, accepts: bool = True) -> dict[str, Tensor]:
+def by_trainer(
+    model: Any, folder: Any, *, accepts: bool = True, saves: int = 0, resume: Any = None
+) -> dict[str, Tensor]:
     transformers: Any = pytest.importorskip("transformers")
     data = rows()
 
@@ -335,7 +345,8 @@ def by_trainer(model: Any, folder: Any, *, accepts: bool = True) -> dict[str, Te
         use_cpu=True,
         report_to=[],
         logging_strategy="no",
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        save_steps=saves or 500,
         disable_tqdm=True,
     )
     optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=1e-2)
@@ -343,7 +354,7 @@ def by_trainer(model: Any, folder: Any, *, accepts: bool = True) -> dict[str, Te
     trainer = InOrder(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, scheduler))
     assert trainer.model_accepts_loss_kwargs
     trainer.model_accepts_loss_kwargs = accepts
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return copy.deepcopy(model.state_dict())
 
 
@@ -356,6 +367,13 @@ def test_a_trainer_that_accumulates_takes_the_steps_of_a_loop_over_whole_batches
     model = llama(orth_weight=0.5)
     close(by_trainer(model, tmp_path), expected, ROUNDED)
     assert sum(int(adapter.E.count_nonzero()) for adapter in adapters(model)) == counts[-1] == 2 * 14
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_trainer_that_resumes_in_mid_schedule_continues_to_the_bit(stop, tmp_path):
+    expected = by_trainer(llama(), tmp_path, saves=2)
+    found = by_trainer(llama(), tmp_path / "again", resume=str(tmp_path / f"checkpoint-{stop}"))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_over_one_accumulated_step_the_loss_is_in_once(tmp_path):

@@ -324,6 +324,20 @@ def test_a_resumed_run_continues_to_the_bit(stop):
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("stop", [4, 10])
+def test_a_run_resumed_from_a_folder_continues_to_the_bit(stop, tmp_path):
+    whole, _, _ = trained(adapted(), 14)
+    model, optimizer, _ = trained(adapted(), stop)
+    lrcompile.save(model, tmp_path / "adapter")
+    state = optimizer.state_dict()
+    model = lrcompile.load(Model(), tmp_path / "adapter", trainable=True).train()
+    optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=1e-2)
+    optimizer.load_state_dict(state)
+    for number in range(stop + 1, 15):
+        step(model, optimizer, number)
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 def test_the_final_choice_is_fixed_and_the_moving_averages_are_freed():
     model, optimizer, _ = trained(adapted(), 8)
     chosen = [adapter.E != 0 for adapter in adapters(model)]

@@ -1,4 +1,9 @@
-"""AdaLoRA (arXiv 2303.10512): a factored SVD whose triplets compete for a shrinking budget."""
+"""AdaLoRA (arXiv 2303.10512): a factored SVD whose triplets compete for a shrinking budget.
+
+`rank` is what every site starts with, `target_rank` what it ends with on average; `orth_weight` starts from the
+authors' 0.1 (PEFT's default is 0.5). `total_steps` counts optimizer steps: training that ends before is left with the
+budget of that moment.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""LoRA-drop (arXiv 2402.07721): after a warm-up, sites whose output matters little share one pair of factors."""
+"""LoRA-drop (arXiv 2402.07721): after a warm-up, sites whose output matters little share one pair of factors.
+
+How long the paper measures, and on how much data, is not verified, nor is its threshold: `warmup_steps` must be given,
+and the second half of it is measured, where B has left its zero (so at least 2).
+"""
 
 from lrcompile.recipes.recipe import REQUIRED, Recipe, integer, number
 
