@@ -62,8 +62,9 @@ class MergeReport:
 
 
 def merge(model: nn.Module, name: str | None = None, *, into: str = "keep", final: bool = False) -> MergeReport:
-    """W ← cast(W + Σ s·B·A), formed in float32 (float64 for a float64 base) with one rounding; in place.
+    """W ← cast(W + Δ), Δ = Σ s·B·A or what else the active adapters make of W; in place.
 
+    Formed in float32 (float64 for a float64 base) with one rounding; so is the bias, where an adapter scales it too.
     Folds the active adapters, or the active one called `name`. The original bits stay on the host, so that `unmerge`
     is exact; with `final=True` adapters and kept bits are dropped and a plain model of the original classes is left.
     On an NF4 base `into` must say what the weight becomes: "float32", "bfloat16" or "float16" (dequantized and folded,
