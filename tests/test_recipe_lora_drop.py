@@ -485,6 +485,14 @@ def test_numbers_without_meaning_are_refused(fields, field):
     assert error.value.field == field
 
 
+def test_a_state_in_no_known_phase_is_refused():
+    model = adapted()
+    state = model.state_dict()
+    state["layers.0.up.lrcompile_adapters.weight.default.phase"] = torch.tensor(9, dtype=torch.uint8)
+    with pytest.raises(AdapterError, match="phase 9"):
+        model.load_state_dict(state)
+
+
 def test_processes_that_train_together_are_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:

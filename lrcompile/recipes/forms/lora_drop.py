@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrcompile.errors import AdapterError
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.sites.site import Site
@@ -62,8 +63,11 @@ class MeasuredLora(LoraAdapter):
     def refresh(self) -> None:
         if self.phase.is_meta:
             return
-        before, self.stage = self.stage, int(self.phase)
-        if self.stage == SHARED:
+        before, phase = self.stage, int(self.phase)
+        if phase > SHARED:
+            raise AdapterError(f"a site of lora-drop is in phase {phase}; there are {WAITING} to {SHARED}")
+        self.stage = phase
+        if phase == SHARED:
             self._join()
         elif before == SHARED:
             self._leave()
