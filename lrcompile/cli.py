@@ -278,7 +278,7 @@ def _bench(commands: argparse._SubParsersAction) -> None:
     found.add_argument("--methods", metavar="NAMES", help="with commas (default: all)")
     found.add_argument("--tasks", metavar="NAMES", help="docstrings, documentation (default: both)")
     found.add_argument("--steps", type=int, default=60, metavar="N", help="training steps of a run (default 60)")
-    found.add_argument("--seeds", type=int, default=3, metavar="N", help="runs at the best learning rate (default 3)")
+    found.add_argument("--seeds", type=int, default=5, metavar="N", help="runs at the best learning rate (default 5)")
     found.add_argument("--rounds", type=int, default=20, metavar="N", help="interleaved timed steps (default 20)")
     found.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     found.add_argument("--out", default="lrcompile-bench", metavar="DIR", help="default lrcompile-bench")

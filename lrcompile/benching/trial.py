@@ -15,6 +15,7 @@ from torch import nn
 import lrcompile
 from lrcompile.benching.contenders import spec_of
 from lrcompile.benching.tasks import TASKS, Task
+from lrcompile.demo.sources import quiet
 from lrcompile.recipes import recipe
 
 HEAD_LR = 1e-2
@@ -45,6 +46,7 @@ _TASKS: dict[tuple[str, Path], Task] = {}
 def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """The trial's fields, its quality, its losses; `quality` None where training diverged."""
     torch.set_num_threads(1)
+    quiet()
     task = _TASKS.setdefault((trial.task, folder), TASKS[trial.task](folder))
     torch.manual_seed(trial.seed)
     started = time.perf_counter()
