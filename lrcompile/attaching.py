@@ -53,6 +53,9 @@ def attach(
     method = recipe(spec.method)
     built = _build(model, spec, matched.hit, measured or {}, started)
     refuse_unfoldable(model, ((start.site, adapter) for adapter, start in built))
+    if method.rules:
+        for adapter, _ in built:
+            adapter.stepped_by_rules_of(method.name)
     if method.quantizes_base and quantize_base:
         _quantize_base(model, spec, built)
     if first:

@@ -167,3 +167,18 @@ def test_it_trains_beside_an_nf4_base_and_on_stacks_of_maps():
     shaken(vera(model, rank=3))
     model(torch.randn(4, 64)).sum().backward()
     assert all(a.lambda_d.grad is not None and a.lambda_d.grad.any() for a in adapters_of(model))
+
+
+def test_a_models_state_has_the_pair_once_and_save_pretrained_takes_it(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=2
+    )
+    models = [lrcompile.apply(BertModel(config), lrcompile.spec("vera", rank=3, seed=seed)) for seed in (1, 2)]
+    first, second = (shaken(model) for model in models)
+    assert sum(key.endswith(".A") for key in first.state_dict()) == 1
+    first.save_pretrained(tmp_path)
+    second.load_state_dict(first.state_dict())
+    ids = torch.arange(8).view(2, 4)
+    assert torch.equal(first.eval()(ids).last_hidden_state, second.eval()(ids).last_hidden_state)

@@ -50,7 +50,7 @@ def content(model: nn.Module, state: State, name: str) -> Content:
     adapted = by_parameter(config, sites)
     tensors: dict[str, Tensor] = {}
     for place in places(model, adapted, kind, form_of(spec), config):
-        packed = pack(model, place, adapter_set(model, place.unit.site)[name].state_dict())
+        packed = pack(model, place, _detached(adapter_set(model, place.unit.site)[name]))
         tensors |= {key: packed[tensor] for tensor, key in place.keys.items()}
     for parameter in state.trained.names_of(name):
         tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
@@ -130,3 +130,7 @@ def _attention_note(adapted: list[Unit]) -> list[str]:
         f"{', '.join(whole[:4])}: PEFT 0.21 applies the update of out_proj twice in nn.MultiheadAttention; here"
         " it is applied once, so outputs differ from PEFT's"
     ]
+
+
+def _detached(adapter: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in adapter.state_dict(keep_vars=True).items()}

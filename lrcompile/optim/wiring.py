@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lrcompile.errors import AdapterError
+from lrcompile.guarding import STEPS
 from lrcompile.optim.identity import difference
 from lrcompile.optim.rule import Rule, Step
 
-STEPS = "lrcompile_steps"
-"""Key of the number of completed steps in the first parameter group, where `state_dict` keeps it."""
 BELONGS = "lrcompile_belongs"
 """Key of the `identity` of what is trained, in the same place."""
 

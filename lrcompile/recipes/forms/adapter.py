@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lrcompile.guarding import watch
 from lrcompile.kernels.nf4_linear import Nf4
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -69,6 +70,8 @@ class Adapter(nn.Module):
         self.refill_scale()
 
     scale: Tensor
+    ruled_by: str | None = None
+    """The method whose step rules its tensors need."""
     folded = False
     """A part of the weight is taken off it, and acts through the factors, while the adapter is active."""
     reads_weight = False
@@ -175,6 +178,16 @@ class Adapter(nn.Module):
     def probability(self) -> float:
         """The dropout probability in force now."""
         return self.dropout if self.training else 0.0
+
+    def stepped_by_rules_of(self, method: str) -> None:
+        """From now on an optimizer that does not call the method's rules is refused; copies too."""
+        self.ruled_by = method
+        watch(self.parameters(), method)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.ruled_by is not None:
+            watch(self.parameters(), self.ruled_by)
 
     def extra_repr(self) -> str:
         sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,15 @@ from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.forms.pair import LowRank
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
+
+
+@dataclass
+class Projections:
+    """The pair all sites share; `kept` by the first, under whose name alone a state dict has it."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    kept: bool = False
 
 
 class VeraAdapter(LowRank):
@@ -33,20 +44,19 @@ class VeraAdapter(LowRank):
         return {"lambda_d": (rank,), "lambda_b": (out_features,)}
 
     @classmethod
-    def share(
-        cls, spec: Spec, sites: Sequence[Site], *, dtype: torch.dtype, device: torch.device
-    ) -> tuple[nn.Parameter, nn.Parameter]:
+    def share(cls, spec: Spec, sites: Sequence[Site], *, dtype: torch.dtype, device: torch.device) -> Projections:
         widest_in = max(site.in_features for site in sites)
         widest_out = max(site.out_features for site in sites)
         generator = torch.Generator().manual_seed(spec.seed or 0)
-        return (
+        return Projections(
             _projection(spec.rank, widest_in, generator, dtype, device),
             _projection(widest_out, spec.rank, generator, dtype, device),
         )
 
-    def configure(self, spec: Spec, shared: tuple[nn.Parameter, nn.Parameter]) -> None:
+    def configure(self, spec: Spec, shared: Projections) -> None:
         self.d_initial = spec.d_initial
-        self.A, self.B = shared
+        self.A, self.B = shared.A, shared.B
+        self.keeps_pair, shared.kept = not shared.kept, True
 
     def begin(self, start: Start) -> None:
         self.lambda_d.fill_(self.d_initial)
@@ -59,6 +69,19 @@ class VeraAdapter(LowRank):
         if self.lambda_b.dim() > 1:
             A = A.expand(self.lambda_b.shape[0], -1, -1)
         return A, self.lambda_b.unsqueeze(-1) * B[: self.out_features] * self.lambda_d.unsqueeze(-2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A model's state has the pair once: safetensors, and so `save_pretrained`, takes no tensor twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.keeps_pair and not keep_vars:
+            for name in ("A", "B"):
+                del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *given: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *given)
+        if not self.keeps_pair:
+            missing = given[2]
+            missing[:] = [key for key in missing if key not in (f"{prefix}A", f"{prefix}B")]
 
 
 def _projection(
