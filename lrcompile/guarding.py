@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ _seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDi
 def watch(parameters: Iterable[torch.nn.Parameter], method: str) -> None:
     """Let these be stepped by optimizers of `lrcompile.optimizer` only."""
     for parameter in parameters:
-        key = id(parameter)
-        _watched[key] = (weakref.ref(parameter, lambda _, key=key: _watched.pop(key, None)), method)
+        held = weakref.ref(parameter, partial(_forget, id(parameter)))
+        _watched[id(parameter)] = (held, method)
+
+
+def _forget(key: int, _: object) -> None:
+    _watched.pop(key, None)
 
 
 def _refuse_unwired(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -172,9 +172,7 @@ def test_it_trains_beside_an_nf4_base_and_on_stacks_of_maps():
 def test_a_models_state_has_the_pair_once_and_save_pretrained_takes_it(tmp_path):
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=2
-    )
+    config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
     models = [lrcompile.apply(BertModel(config), lrcompile.spec("vera", rank=3, seed=seed)) for seed in (1, 2)]
     first, second = (shaken(model) for model in models)
     assert sum(key.endswith(".A") for key in first.state_dict()) == 1
