@@ -90,7 +90,8 @@ def result() -> dict[str, Any]:
     }  # fmt: skip
     frozen = {"rank": 1, "trained": 0, "sweep": {}, "lr": None, "quality": [], "mean": None, "half_width": None}
     worse = {**row, "mean": 0.4}
-    found = {"metric": "accuracy", "higher_is_better": True, "methods": {"frozen": frozen, "b": worse, "lora": row}}
+    found = {"metric": "accuracy", "higher_is_better": True, "methods": {"frozen": frozen, "b": worse, "lora": row},
+             "skipped": {"bitfit": "no biases"}}  # fmt: skip
     return {"tasks": {"docstrings": found}}
 
 
@@ -100,6 +101,7 @@ def test_the_table_is_best_first_and_says_what_diverged():
     assert "0.5500 ± 0.0100" in text
     assert "1.20 [1.10, 1.30]" in text
     assert "diverged" in text
+    assert "bitfit is left out: no biases" in text
 
 
 def test_the_picture_is_a_png(tmp_path):

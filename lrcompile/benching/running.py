@@ -24,6 +24,7 @@ from lrcompile.benching.costs import Cost, measure
 from lrcompile.benching.tasks import TASKS, Task
 from lrcompile.benching.trial import FROZEN, Trial, run
 from lrcompile.deployment.describing import versions
+from lrcompile.errors import SpecError
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Learning rates, of which a sweep starts in the middle and walks to where it is best."""
@@ -77,7 +78,8 @@ def bench(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
         console.print(f"{task.name}: preparing")
         task.prepare()
     done = _read(folder / "trials.jsonl")
-    contenders = [each for task in tasks for each in _contenders(task, plan)]
+    skipped: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
+    contenders = [each for task in tasks for each in _contenders(task, plan, skipped[task.name])]
     _trials(contenders, plan, folder, done, console)
     costs = {}
     for task in tasks:
@@ -87,7 +89,10 @@ def bench(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
         "plan": asdict(plan),
         "versions": versions(),
         "rates": RATES,
-        "tasks": {task.name: _described(task, contenders, costs[task.name], done) for task in tasks},
+        "tasks": {
+            task.name: _described(task, contenders, costs[task.name], done) | {"skipped": skipped[task.name]}
+            for task in tasks
+        },
     }
 
 
@@ -95,13 +100,18 @@ def _adapts(contender: Contender, task: Task) -> bool:
     return contender.task == task.name and contender.method != FROZEN
 
 
-def _contenders(task: Task, plan: Plan) -> list[Contender]:
+def _contenders(task: Task, plan: Plan, skipped: dict[str, str]) -> list[Contender]:
+    """The frozen model and every method that can act on the task; `skipped` says why another cannot."""
     model = task.model()
     budget = trained("lora", model, REFERENCE_RANK, task.head)
     found = [Contender(task.name, FROZEN, 1, 0, task.higher_is_better, {}, [])]
     for method in plan.methods:
-        rank = matched_rank(method, model, budget, task.head)
-        count = trained(method, model, rank, task.head)
+        try:
+            rank = matched_rank(method, model, budget, task.head)
+            count = trained(method, model, rank, task.head)
+        except SpecError as error:
+            skipped[method] = str(error)
+            continue
         found.append(Contender(task.name, method, rank, count, task.higher_is_better, {}, []))
     return found
 

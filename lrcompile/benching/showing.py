@@ -40,6 +40,7 @@ def table(task: str, found: Mapping[str, Any]) -> str:
         "trained: beside the head, matched from below to LoRA's; lr: best on validation; quality: on test, over seeds",
         "saved: kept for the backward pass beyond what the frozen model keeps; optimizer: its state after a step",
     )
+    notes += tuple(f"{method} is left out: {reason}" for method, reason in found.get("skipped", {}).items())
     return render(columns, rows, title=f"{task} ({arrow})", notes=notes)
 
 
