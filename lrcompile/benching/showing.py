@@ -36,7 +36,7 @@ def table(task: str, found: Mapping[str, Any]) -> str:
         "saved",
         "file",
     )
-    notes = (
+    notes: tuple[str, ...] = (
         "trained: beside the head, matched from below to LoRA's; lr: best on validation; quality: on test, over seeds",
         "saved: kept for the backward pass beyond what the frozen model keeps; optimizer: its state after a step",
     )
