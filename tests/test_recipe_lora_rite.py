@@ -99,6 +99,25 @@ def test_at_rank_one_in_one_dimension_it_converges():
     assert float(b @ a) == pytest.approx(3, abs=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_batch_smaller_than_the_rank_does_not_blow_it_up(tokens, dtype):
+    """Gradients are then of rank `tokens`, and B holds but rounding in its other directions."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 14))
+    model = lrcompile.apply(nn.Sequential(*layers).to(dtype), lrcompile.spec("lora-rite", rank=4, alpha=8))
+    optimizer = lrcompile.optimizer(model, LoraRite, lr=1e-2)
+    x, y = torch.randn(tokens, 12).to(dtype), torch.randn(tokens, 14).to(dtype)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 1e-2 * losses[0]
+
+
 def test_the_first_step_of_B_is_a_step_of_the_size_of_adams():
     """After one step second moment and gradient cancel: every direction moves by lr in the orthonormal basis."""
     A, B = pair(zero=True)

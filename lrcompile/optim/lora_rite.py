@@ -12,6 +12,9 @@ from torch import Tensor
 from lrcompile.errors import AdapterError
 from lrcompile.optim.rule import Rule, Step
 
+_WEAKEST = 1e-3
+"""Of the largest magnitude in a factor: below it the other factor does not follow."""
+
 
 class LoraRite(torch.optim.Optimizer):
     """B ← B − η·M_B·R_A⁻ᵀ and Aᵀ ← Aᵀ − η·M_A·R_B⁻ᵀ, where Aᵀ = Q_A·R_A, B = Q_B·R_B and, for B (A likewise),
@@ -24,7 +27,9 @@ class LoraRite(torch.optim.Optimizer):
     A and B share it. Betas are those of Adam, corrected for bias; V^(−1/2) is 1/(√λ + ε) on eigenvalues λ ≥ 0; the G of
     all pairs together are clipped to `max_norm` (None: not). `escape` adds to λ what projections lost of V so far, as
     in the paper's algorithm; off, as in the authors' recipe for PyTorch. R⁻¹ is a pseudo-inverse: at B = 0 only B
-    moves.
+    moves. A direction of R below 1/1000 of the largest counts as zero, and rounding in V is not scaled up: after a
+    batch of fewer tokens than the rank B has directions that hold nothing but rounding, by whose inverse A would grow
+    without bound (the authors' recipe does). What it says of (RA, BR⁻¹) so holds within that range of magnitudes.
 
     A group with `pairs=True` holds A `[..., rank, in]` and B `[..., out, rank]` of each pair one after the other
     (`lrcompile.optimizer` sees to it for `spec("lora-rite")`); other groups get AdamW. State is tensors in `state[p]`.
@@ -111,7 +116,7 @@ class Side:
 
     def meet(self, other: Side) -> None:
         """Take the other factor's magnitude off the gradient; see how far its basis has turned."""
-        self.unmagnify = torch.linalg.pinv(other.magnitude)
+        self.unmagnify = torch.linalg.pinv(other.magnitude, rtol=_WEAKEST)
         self.turn = other.basis.mT @ other.before
         self.grad = self.grad @ self.unmagnify
 
@@ -149,7 +154,8 @@ def lost(before: Tensor, after: Tensor) -> Tensor:
 
 def inverse_root(second: Tensor, escaped: Tensor, eps: float) -> Tensor:
     values, vectors = torch.linalg.eigh(second)
-    roots = 1 / ((values.clamp(min=0) + escaped.unsqueeze(-1)).sqrt() + eps)
+    rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True).clamp(min=0)
+    roots = 1 / ((values.maximum(rounding) + escaped.unsqueeze(-1)).sqrt() + eps)
     return (vectors * roots.unsqueeze(-2)) @ vectors.mT
 
 
