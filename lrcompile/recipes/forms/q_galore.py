@@ -98,6 +98,8 @@ class QuantizedProjectedGradient(ProjectedGradient):
 
     def hold(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
         """Take `weight`, as it is stored, for W; rounded stochastically with a `generator`."""
+        if weight.is_meta:  # has no values, and to say so op by op takes milliseconds a site
+            return
         self._put(_W, quantize_groups(weight, 8, self.group, generator))
 
     def held(self) -> Groups:
