@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from lrcompile.errors import LrcompileError
 
+_SET = "a field of the method's own (see: lrcompile methods NAME), its value as in YAML; may be repeated"
 _MODEL = "a local folder, package:NAME of an installed package, or a hub id (the only one that may use the network)"
 
 
@@ -112,6 +113,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", metavar="NAMES", help="all-linear, names or name endings with commas, or re:EXPRESSION"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=_SET)
     parser.add_argument("--epochs", type=float, help="passes over the training texts; may be a fraction")
     parser.add_argument("--lr", type=float, help="peak learning rate of the adapter")
     parser.add_argument("--head-lr", type=float, help="that of the new head, in the frozen baseline too")
@@ -137,6 +139,7 @@ def _plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--alpha", type=float)
     plan.add_argument("--targets", metavar="NAMES", help="all-linear (default), names with commas, or re:EXPRESSION")
     plan.add_argument("--exclude", metavar="NAMES", help="names with commas, or re:EXPRESSION")
+    plan.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=_SET)
     plan.add_argument("--tokens", type=int, default=2048, metavar="T", help="tokens a step (default 2048)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import lrcompile
 from lrcompile.demo.opening import Opened, open_model, outline
 from lrcompile.demo.sources import quiet
-from lrcompile.errors import LrcompileError
+from lrcompile.errors import LrcompileError, SpecError
 from lrcompile.specs import Spec
 from lrcompile.writing import atomic_folder
 
@@ -121,6 +124,20 @@ def names(text: str) -> str | list[str]:
     return text if text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
 
 
+def values(given: Sequence[str]) -> dict[str, Any]:
+    """The fields of `--set FIELD=VALUE`, their values read as YAML."""
+    found = {}
+    for each in given:
+        field, equals, text = each.partition("=")
+        if not (field and equals) or field == "method":
+            raise SpecError(f"--set takes FIELD=VALUE, a field of the spec but its method, got {each!r}", field=field)
+        try:
+            found[field] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {each!r}: the value is not YAML", field=field) from error
+    return found
+
+
 def refuse_used(out: str) -> None:
     """A folder is replaced as a whole, so only a new or empty one may be named."""
     if Path(out).is_dir() and any(Path(out).iterdir()):
@@ -150,7 +167,7 @@ def _adapted(model: str, adapter: str | None) -> Opened:
 def _spec(given: Namespace) -> Spec:
     if given.spec:
         return Spec.load(given.spec)
-    fields = {"rank": given.rank, "alpha": given.alpha}
+    fields = {"rank": given.rank, "alpha": given.alpha, **values(given.set)}
     fields |= {"targets": names(given.targets) if given.targets is not None else None}
     fields |= {"exclude": names(given.exclude) if given.exclude is not None else None}
     return lrcompile.spec(given.method, **{key: value for key, value in fields.items() if value is not None})

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import lrcompile
+from lrcompile.cli import main
 from lrcompile.demo import line
 from lrcompile.demo.data import Data, load_data
 from lrcompile.demo.errors import DataError
@@ -30,6 +31,7 @@ from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.demo.training import Examples, encode_once, fit_head, give_own_rate, schedule
 from lrcompile.pipeline import DataPart, Pipeline, PipelineError, TrainPart, VerifyPart
 from lrcompile.quantizing import is_nf4
+from lrcompile.recipes import recipe
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +304,32 @@ def test_train_writes_an_adapter_and_the_model_it_belongs_to(tiny: Path, table: 
     before = model(**pad([[2, 9, 3]], 0)).logits
     lrcompile.load(model, folder / "adapter")
     assert not torch.equal(model.eval()(**pad([[2, 9, 3]], 0)).logits, before)
+
+
+OWN_FIELDS = {
+    "adalora": ["target_rank=2", "total_steps=3"],
+    "delta-lora": ["start_step=1", "ratio=0.5"],
+    "lora-drop": ["warmup_steps=2"],
+    "lora-sb": ["first_lr=0.01"],
+    "plora": ["period=2", "momentum=0.5"],
+    "q-galore": ["group_size=16"],
+}
+
+
+@pytest.mark.parametrize("method", lrcompile.methods())
+def test_every_method_trains_from_the_command_line(tiny: Path, table: Path, tmp_path: Path, method: str) -> None:
+    size = [] if "rank" in recipe(method).lacks else ["--rank", "3"]
+    own = [word for field in OWN_FIELDS.get(method, []) for word in ("--set", field)]
+    short = ["--model", str(tiny), "--data", str(table), "--max-length", "16", "--epochs", "0.5", "--batch-size", "16"]
+    assert main(["train", *short, "--method", method, *size, *own, "--out", str(tmp_path / "out")]) == 0
+    spec = lrcompile.Spec.from_dict(json.loads((tmp_path / "out" / "result.json").read_text())["pipeline"]["spec"])
+    assert (spec.method, spec.train_modules) == (method, ("head",))
+
+
+@pytest.mark.parametrize("text", ["rank", "=3", "method=dora", "rank=[3"])
+def test_a_field_that_cannot_be_set_is_an_error_that_repeats_it(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", text]) == 2
+    assert repr(text) in capsys.readouterr().err
 
 
 def test_an_interrupted_training_leaves_nothing(

@@ -17,6 +17,7 @@ from lrcompile.benching.contenders import spec_of
 from lrcompile.benching.tasks import TASKS, Task
 from lrcompile.demo.sources import quiet
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
 
 HEAD_LR = 1e-2
 """Of modules every method trains in full: one rate for all, so that the sweep is the method's own."""
@@ -98,7 +99,8 @@ def optimizer_of(model: nn.Module, method: str, lr: float, task: Task) -> torch.
     """AdamW without weight decay (LoRA-RITE brings its own), the head at its own rate."""
     if method == FROZEN:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=HEAD_LR, weight_decay=0.0)
-    cls: Any = lrcompile.LoraRite if method == "lora-rite" else torch.optim.AdamW
+    brought = recipe(method).optimizer
+    cls: Any = torch.optim.AdamW if brought is None else part(brought)
     optimizer = lrcompile.optimizer(model, cls, lr=lr, weight_decay=0.0)
     head = {id(p) for name in task.head for p in model.get_submodule(name).parameters()}
     for group in list(optimizer.param_groups):

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lrcompile.commands import names
+import lrcompile
+from lrcompile.commands import names, values
 from lrcompile.demo import line
 from lrcompile.pipeline import Pipeline
-from lrcompile.specs import Spec
 
 
 def demo(given: Namespace) -> int:
@@ -41,14 +41,16 @@ def from_options(given: Namespace) -> Pipeline:
     training = _given(
         epochs=given.epochs, lr=given.lr, head_lr=given.head_lr, batch_size=given.batch_size, seed=given.seed
     )
-    fields = _given(method=given.method, rank=given.rank, alpha=given.alpha, seed=given.seed)
+    fields = _given(rank=given.rank, alpha=given.alpha, seed=given.seed) | values(given.set)
     fields |= _given(targets=names(given.targets) if given.targets is not None else None)
+    method = given.method or start.spec.method  # what the spec of the default pipeline says of LoRA, others say anew
+    spec = lrcompile.spec(method, **{"train_modules": start.spec.train_modules, "seed": start.spec.seed} | fields)
     whole = _given(model=given.model, out=given.out)
     return replace(
         start,
         data=replace(start.data, **data),
         train=replace(start.train, **training),
-        spec=Spec.from_dict(start.spec.to_dict() | fields),
+        spec=spec,
         **whole,
     )
 

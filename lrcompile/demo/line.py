@@ -26,6 +26,7 @@ from lrcompile.deployment.describing import versions
 from lrcompile.errors import require
 from lrcompile.pipeline import Pipeline
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part as named
 from lrcompile.writing import atomic_folder
 
 GRAPHS = {"fp32": FP32_ONNX, "nf4": NF4_ONNX, "nf4-inline": INLINE_ONNX}
@@ -109,11 +110,14 @@ class _Line:
     def train_adapter(self) -> list[float]:
         ready, part = self.ready, self.pipeline.train
         torch.manual_seed(part.seed)
-        lrcompile.apply(self.trained, self.pipeline.spec)
+        method = recipe(self.pipeline.spec.method)
+        data = map(ready.train.labelled, ready.batches) if method.calibration is not None else None
+        lrcompile.apply(self.trained, self.pipeline.spec, data=data)
         # The base as the adapter needs to find it again: NF4 for a method that quantizes it, else the encoder by name.
         base: Any = lrcompile.remove(copy.deepcopy(self.trained)) if self.quantized_base else self.untrained
         save_classifier(self.folder / "base", base, ready.tokenizer, ready.named)
-        optimizer = lrcompile.optimizer(self.trained, torch.optim.AdamW, lr=part.lr, weight_decay=0.0)
+        cls = torch.optim.AdamW if method.optimizer is None else named(method.optimizer)
+        optimizer = lrcompile.optimizer(self.trained, cls, lr=part.lr, weight_decay=0.0)
         give_own_rate(optimizer, list(self.trained.head.parameters()), part.head_lr)
         with self.show.steps(f"training with {self.pipeline.spec.method}", len(ready.batches)) as tick:
             losses = fit_adapter(self.trained, optimizer, ready.train, ready.batches, tick)

@@ -38,6 +38,9 @@ class Examples:
     def targets(self, indices: list[int]) -> Tensor:
         return torch.tensor([self.labels[i] for i in indices])
 
+    def labelled(self, indices: list[int]) -> dict[str, Tensor]:
+        return {**self.batch(indices), "labels": self.targets(indices)}
+
     def batches(self, size: int) -> Iterator[list[int]]:
         """All indices, `size` at a time, from short texts to long: a batch is as wide as its longest text."""
         order = sorted(range(len(self)), key=lambda i: len(self.rows[i]))
@@ -103,7 +106,7 @@ def fit_adapter(
     """Train whatever `optimizer` holds through the whole model; leaves it in eval mode."""
 
     def loss_of(indices: list[int]) -> Tensor:
-        return model(**examples.batch(indices), labels=examples.targets(indices)).loss
+        return model(**examples.labelled(indices)).loss
 
     model.train()
     losses = fit(loss_of, optimizer, batches, tick)

@@ -7,5 +7,6 @@ RECIPE = Recipe(
     summary="LoRA; moments of the gradient in a basis of BA's own, whatever A and B share between them",
     paper="2410.20625",
     rules=("lrcompile.optim.lora_rite:RiteOnly",),
+    optimizer="lrcompile.optim.lora_rite:LoraRite",
     peft="LORA",
 )

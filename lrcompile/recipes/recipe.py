@@ -57,6 +57,8 @@ class Recipe:
     """`(spec, rank, alpha)` → s."""
     rules: tuple[str, ...] = ()
     """`optim.rule.Rule` classes: what happens around each optimizer step."""
+    optimizer: str | None = None
+    """The optimizer class that the method is; None: it goes with any."""
     aux: str | None = None
     """A function `(adapters, spec)` → the loss added to the model's."""
     options: Mapping[str, Option] = field(default_factory=dict)
