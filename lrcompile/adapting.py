@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.attaching import attach, detach, require_attachable, stores_otherwise
+from lrcompile.attaching import attach, detach, require_attachable
+from lrcompile.building import stores_otherwise
 from lrcompile.calibrating import Loss, calibrated
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.matching import match

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.attaching import base_weight
+from lrcompile.building import base_weight
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.factoring import Pair, compressed, contributing, factored
 from lrcompile.folding import bias_of

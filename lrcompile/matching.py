@@ -10,10 +10,12 @@ from torch import nn
 from lrcompile import sites, targeting
 from lrcompile.errors import SpecError, TargetError
 from lrcompile.nf4.modules import is_nf4
+from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
+from lrcompile.training_in_full import inside, trained_in_full
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ def match(
     if not hit and recipe(spec.method).form is not None:
         reasons = "; ".join(f"{site.name}: {why}" for site, why in spared[:5]) or "it has no linear maps"
         raise TargetError(f"nothing to adapt in this {type(model).__name__} ({reasons})")
-    trained = _trained_names(model, spec, hit)
+    trained = trained_in_full(model, spec, hit)
     form = recipe(spec.method).form
     if form is None:
-        trained = tuple(name for name in trained if not _inside(name.rpartition(".")[0], spec.exclude))
+        trained = tuple(name for name in trained if not inside(name.rpartition(".")[0], spec.exclude))
         if not trained:
             raise TargetError(f"{spec.method} finds nothing to train in this {type(model).__name__}", field="bias")
         return Matched((), tuple(spared), trained, ())
@@ -108,7 +110,7 @@ def _why_spared(model: nn.Module, spec: Spec, site: Site, heads: dict[str, str])
         return "excluded"
     if not any(targeting.in_layers(name, spec.layers) for name in site.names):
         return "not in the chosen layers"
-    if _inside(site.host, spec.train_modules):
+    if inside(site.host, spec.train_modules):
         return "trained in full (train_modules)"
     if site.form == "lookup":
         return "embedding"
@@ -174,43 +176,6 @@ def _check_ranks(spec: Spec, hit: Sequence[Site]) -> None:
             )
 
 
-def _trained_names(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[str, ...]:
-    modules = [name for name, _ in model.named_modules() if name and sites.ADAPTERS not in name.split(".")]
-    if spec.train_modules:
-        targeting.require_hits(modules, spec.train_modules, "train_modules")
-    parameters = [name for name, _ in model.named_parameters() if sites.ADAPTERS not in name.split(".")]
-    chosen = {name for name in parameters if _inside(name, spec.train_modules)}
-    _refuse_tied(model, spec)
-    if spec.train_modules and not chosen:
-        raise TargetError(f"train_modules={list(spec.train_modules)} hold no parameters", field="train_modules")
-    is_bias = lambda name: name.rpartition(".")[2].endswith("bias")  # noqa: E731
-    if spec.bias == "all":
-        chosen |= {name for name in parameters if is_bias(name)}
-    elif spec.bias == "lora_only":
-        hosts = {site.host for site in hit}
-        chosen |= {name for name in parameters if is_bias(name) and name.rpartition(".")[0] in hosts}
-    return tuple(name for name in parameters if name in chosen)
-
-
-def _refuse_tied(model: nn.Module, spec: Spec) -> None:
-    """A parameter in a fully trained module that another module holds too would change that one behind its back."""
-    for names in owners_of_parameters(model).values() if spec.train_modules else ():
-        inside = [name for name in names if _inside(name, spec.train_modules)]
-        outside = [name for name in names if name not in inside]
-        if inside and outside:
-            raise TargetError(
-                f"train_modules: {inside[0]} is one parameter with {outside[0]}, which would change with it; untie them"
-                " first (config.tie_word_embeddings=False and a parameter of its own), or train both",
-                field="train_modules",
-            )
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    """Is `name` one of these modules (by suffix), or within one?"""
-    parts = name.split(".")
-    return any(targeting.hits(modules, ".".join(parts[:end])) for end in range(1, len(parts) + 1)) if modules else False
-
-
 def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
     owners = owners_of_parameters(model)
     notes = []
@@ -225,13 +190,3 @@ def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
                 f"{site.name} shares its weight with {', '.join(others)}: only this use is adapted; merging unties them"
             )
     return notes
-
-
-def owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Every name each parameter object goes by, one for each module that holds it."""
-    owners: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return owners

@@ -13,8 +13,8 @@ from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
 from lrcompile.folding import FoldedSite, fold
 from lrcompile.held import take_back
-from lrcompile.matching import owners_of_parameters
 from lrcompile.nf4.modules import is_nf4, layout_of
+from lrcompile.owners import owners_of_parameters
 from lrcompile.quantizing import base_of
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of

@@ -16,7 +16,7 @@ from lrcompile.errors import AdapterError, TargetError
 from lrcompile.folding import bias_of, changes
 from lrcompile.held import Fold, Held, put, take_back
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
-from lrcompile.matching import owners_of_parameters
+from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import AdapterError, SpecError
-from lrcompile.matching import owners_of_parameters
+from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site

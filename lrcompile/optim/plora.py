@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompile.attaching import base_weight
+from lrcompile.building import base_weight
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.merging import LOSS_LIMIT
 from lrcompile.optim.rule import Rule, Step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrcompile.batches import Batch, Loss, fitted, loss_of, run, taken
 from lrcompile.errors import AdapterError, TargetError
-from lrcompile.matching import owners_of_parameters
+from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes.calibration import Calibration
 from lrcompile.recipes.calibration.culprit import first_not_finite
 from lrcompile.specs import Spec
