@@ -400,3 +400,16 @@ def test_the_whole_line_holds_on_a_tiny_model(tiny: Path, table: Path, tmp_path:
     for title in ("frozen encoder", "NF4 + adapter, ONNX", "holds"):
         assert title in outcome.text
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pissa", "galore"])
+def test_a_method_that_needs_a_float_base_runs_the_line_without_that_rung(
+    tiny: Path, table: Path, tmp_path: Path, method: str
+) -> None:
+    spec = lrcompile.spec(method, rank=3, train_modules=["head"], seed=0)
+    outcome = line.run(pipeline(tiny, table, tmp_path / "out", spec=spec), Console(file=io.StringIO(), width=200))
+    assert outcome.ok, outcome.text
+    rungs = {rung["key"] for rung in json.loads((outcome.folder / "result.json").read_text())["rungs"]}
+    assert rungs == set(RUNGS) - {"inline-onnx"}
+    assert f"NF4 + adapter: left out, since {method}" in outcome.text

@@ -15,6 +15,7 @@ from lrcompile.demo.preparing import Prepared
 from lrcompile.demo.rungs import ADAPTED, RUNGS, size_on_disk
 from lrcompile.demo.table import Row
 from lrcompile.pipeline import Pipeline
+from lrcompile.recipes import recipe
 
 
 def make_rows(measured: dict[str, Measured], checked: Checked, ready: Prepared, folder: Path) -> list[Row]:
@@ -57,12 +58,21 @@ def described(ready: Prepared) -> str:
     )
 
 
+def beside_nf4(pipeline: Pipeline) -> bool:
+    """Can the adapter of this method act beside codes of the base it was trained on?"""
+    method = recipe(pipeline.spec.method)
+    return method.nf4 is None or method.quantizes_base
+
+
 def notes(pipeline: Pipeline, ready: Prepared) -> list[str]:
     """What the columns mean, in the words a reader of the table needs."""
     examples = min(pipeline.verify.examples, len(ready.test))
     batch = min(pipeline.train.batch_size, len(ready.test))
     width = max(map(len, ready.test.rows))
+    method = recipe(pipeline.spec.method)
+    left_out = [] if beside_nf4(pipeline) else [f"NF4 + adapter: left out, since {method.name} {method.nf4}"]
     return [
+        *left_out,
         f"accuracy, agreement: {len(ready.test)} test texts; agreement = same label as the eager adapter",
         f"r, |error|: logits of {examples} test texts against float64 of the model named under 'against';"
         f" r in units of float32's own rounding there, limit {pipeline.verify.bound_ratio:g}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 
 import lrcompile
 from lrcompile.demo.checking import Checked, Claim, check
-from lrcompile.demo.concluding import described, make_rows, notes, write_json
+from lrcompile.demo.concluding import beside_nf4, described, make_rows, notes, write_json
 from lrcompile.demo.folders import save_classifier
 from lrcompile.demo.measuring import TEST, Measured, measure
 from lrcompile.demo.model import TextClassifier
@@ -79,21 +80,21 @@ class _Line:
         self.untrained: TextClassifier = copy.deepcopy(ready.model)
         self.trained: TextClassifier = ready.model
         self.quantized_base = recipe(pipeline.spec.method).quantizes_base
+        self.targets = [name for name in pipeline.export if name != "nf4-inline" or beside_nf4(pipeline)]
 
     def run(self) -> tuple[str, bool]:
         losses = {"baseline": self.train_baseline(), "adapter": self.train_adapter()}
         merged, loss_of_merge = self.merge()
         nf4 = self.quantize(merged)
-        inline = self.inline()
-        for target, model in (("fp32", merged), ("nf4", nf4), ("nf4-inline", inline)):
-            if target in self.pipeline.export:
-                with self.show.stage(f"exporting ONNX, {target}"):
-                    lrcompile.export(model, self.folder / GRAPHS[target].files[0], self.inputs(4))
+        models = {"fp32": merged, "nf4": nf4}
+        if "nf4-inline" in self.targets:
+            models["nf4-inline"] = self.inline()
+        for target in [name for name in models if name in self.targets]:
+            with self.show.stage(f"exporting ONNX, {target}"):
+                lrcompile.export(models[target], self.folder / GRAPHS[target].files[0], self.inputs(4))
         measured = self.measure()
         with self.show.stage("verifying every rung against float64"):
-            checked = check(
-                self.trained, self.untrained, self.claims(merged, nf4, inline), self.inputs(), self.pipeline.verify
-            )
+            checked = check(self.trained, self.untrained, self.claims(models), self.inputs(), self.pipeline.verify)
         return self.conclude(measured, checked, loss_of_merge, losses)
 
     def train_baseline(self) -> list[float]:
@@ -155,24 +156,24 @@ class _Line:
     def measure(self) -> dict[str, Measured]:
         write_test(self.folder / TEST, self.ready.test)
         wanted = [rung for rung in RUNGS.values() if rung not in GRAPHS.values()]
-        wanted += [GRAPHS[target] for target in GRAPHS if target in self.pipeline.export]
+        wanted += [GRAPHS[target] for target in self.targets]
         measured = {}
         for rung in (rung for rung in RUNGS.values() if rung in wanted):
             with self.show.stage(f"measuring {rung.title}"):
                 measured[rung.key] = measure(self.folder, rung, self.pipeline.train.batch_size)
         return measured
 
-    def claims(self, merged: TextClassifier, nf4: TextClassifier, inline: TextClassifier) -> list[Claim]:
+    def claims(self, models: Mapping[str, TextClassifier]) -> list[Claim]:
         def graph(target: str) -> dict[str, Any]:
             rung = GRAPHS[target]
-            return {rung.key: str(self.folder / rung.files[0])} if target in self.pipeline.export else {}
+            return {rung.key: str(self.folder / rung.files[0])} if target in self.targets else {}
 
-        exact = {MERGED.key: merged} | graph("fp32") | (graph("nf4-inline") if self.quantized_base else {})
+        exact = {MERGED.key: models["fp32"]} | graph("fp32") | (graph("nf4-inline") if self.quantized_base else {})
         claims = [Claim("adapter", self.trained, ADAPTED.key, exact)]
-        if "nf4" in self.pipeline.export:
-            claims.append(Claim("merged NF4", nf4, NF4.key, graph("nf4")))
-        if "nf4-inline" in self.pipeline.export and not self.quantized_base:
-            claims.append(Claim("NF4 + adapter", inline, None, graph("nf4-inline")))
+        if "nf4" in self.targets:
+            claims.append(Claim("merged NF4", models["nf4"], NF4.key, graph("nf4")))
+        if "nf4-inline" in self.targets and not self.quantized_base:
+            claims.append(Claim("NF4 + adapter", models["nf4-inline"], None, graph("nf4-inline")))
         return claims
 
     def conclude(
