@@ -15,12 +15,14 @@ from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
 from lrcompile.recipes import recipe
+from lrcompile.recipes.recipe import part
 from lrcompile.residuals import refuse_unfoldable, settle
 from lrcompile.sites.bypass import mixin_for
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State, all_sites, has_state, require_settled, set_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
+from lrcompile.wording import listed
 
 
 def attach(
@@ -78,6 +80,7 @@ def require_attachable(model: nn.Module, spec: Spec, name: str, matched: Matched
     if state.merged:
         raise MergeError(f"adapter {state.merged[0]!r} is merged into the weights; call lrcompile.unmerge(model) first")
     _check_baked_dropout(spec, matched.hit)
+    _check_sole_holder(state, spec, matched.hit)
 
 
 def detach(
@@ -137,6 +140,21 @@ def _check_name(state: State, name: str) -> None:
             f"an adapter named {name!r} is applied already; give another name=, or lrcompile.remove(model, {name!r})"
             " first"
         )
+
+
+def _check_sole_holder(state: State, spec: Spec, hit: Sequence[Site]) -> None:
+    """Other adapters read the weight of their host, which one that holds it takes away."""
+    form = recipe(spec.method).form
+    if form is None or not part(form).holds_weight:
+        return
+    wanted = {site.name for site in hit}
+    for other, sites_of_other in state.sites.items():
+        if shared := [site.name for site in sites_of_other if site.name in wanted]:
+            raise AdapterError(
+                f"{spec.method} holds the weight itself, so no other adapter can be at its sites, and {other!r}"
+                f" ({state.specs[other].method}) is at {listed(shared)}; lrcompile.remove(model, {other!r}), or"
+                " lrcompile.merge(model, final=True), first"
+            )
 
 
 def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:

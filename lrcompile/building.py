@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lrcompile import sites
-from lrcompile.errors import SpecError
 from lrcompile.nf4.modules import layout_of, nf4_weight, replace_codes
 from lrcompile.progress import shown
 from lrcompile.quantizing import is_nf4, quantize
@@ -83,14 +82,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 def make_base_nf4(model: nn.Module, spec: Spec, built: Built) -> None:
     hit = [start.site for _, start in built]
-    plain = [
-        site.name for site in hit if site.kind in ("linear", "conv1d") and not is_nf4(model.get_submodule(site.host))
-    ]
-    if left := [site.name for site in hit if site.kind not in ("linear", "conv1d")]:
-        raise SpecError(
-            f"{spec.method} holds nn.Linear and Conv1D weights in 4 bits, not {', '.join(left[:5])}; exclude them",
-            field="targets",
-        )
+    plain = [site.name for site in hit if not is_nf4(model.get_submodule(site.host))]
     if plain:
         quantize(
             model,

@@ -38,6 +38,8 @@ def calibrated(
             " output.loss",
             field="data",
         )
+    if loss is not None and not callable(loss):
+        raise SpecError(f"loss is a function of (output, batch), got {loss!r}", field="loss")
     refuse_meta(model, f"apply {spec.method}, which runs it", AdapterError)
     calibration = part(method.calibration)(model, spec, matched.hit)
     spec, measured = calibration.run(data, loss)

@@ -126,6 +126,8 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
             " the model itself, which lrcompile.merge(model, final=True) leaves plain"
         )
     adapters = {site.name: adapter_set(model, site)[name] for site in state.sites[name]}
+    if changed := [site.name for site in state.sites[name] if _changes_bias(model, site, adapters[site.name])]:
+        raise AdapterError(f"{method.name} changes the bias of {listed(changed)}, which LoRA cannot; merge it instead")
     if full := [each for each, adapter in adapters.items() if _factors(adapter) is None]:
         if rank is None:
             raise AdapterError(
@@ -137,8 +139,6 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
                 f"{name!r} is active with weight {state.active[name]}, in which the update of {method.name} is not"
                 f" linear; call lrcompile.activate(model, {name!r}) first"
             )
-    if changed := [site.name for site in state.sites[name] if _changes_bias(model, site, adapters[site.name])]:
-        raise AdapterError(f"{method.name} changes the bias of {listed(changed)}, which LoRA cannot; merge it instead")
 
 
 def _changes_bias(model: nn.Module, site: Site, adapter: Adapter) -> bool:

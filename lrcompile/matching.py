@@ -74,6 +74,8 @@ def _considered(model: nn.Module, spec: Spec, site: Site, known_codes: bool) -> 
     reason = site.refusal or (part(method.form).refusal(site) if method.form is not None else None)
     if reason is None and method.calibration is not None:
         reason = part(method.calibration).refusal(site)
+    if reason is None and method.quantizes_base and site.kind not in ("linear", "conv1d"):
+        reason = f"{method.name} holds weights of nn.Linear and Conv1D in 4 bits, no others"
     if reason is None and method.nf4 is not None and not known_codes and is_nf4(model.get_submodule(site.host)):
         reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
     return site if reason == site.refusal else replace(site, refusal=reason)

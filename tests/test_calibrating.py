@@ -277,6 +277,7 @@ def test_a_batch_the_model_fails_on_is_an_error_that_names_it(method):
         (lambda output, batch: None, r"one number.*NoneType"),
         (lambda output, batch: output["y"].detach().sum(), "carries no gradient"),
         (lambda output, batch: torch.ones(()), "carries no gradient"),
+        (3, "loss is a function of .output, batch., got 3"),
     ],
 )
 def test_a_loss_that_is_none_is_an_error(loss, message):

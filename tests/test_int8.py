@@ -134,3 +134,14 @@ def test_plain_weights_are_parameters_for_a_while():
 def test_another_adapter_on_such_a_weight_is_refused_with_the_reason():
     with pytest.raises(lrcompile.TargetError, match="holds its weight in INT8"):
         lrcompile.apply(hosted(), lrcompile.spec("lora", rank=2, targets=["0"]), name="other")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "galore"])
+def test_it_cannot_take_a_weight_that_another_adapter_reads(method):
+    model = lrcompile.apply(nn.Sequential(nn.Linear(20, 11)), lrcompile.spec(method, rank=2, targets=["0"]), name="old")
+    x = torch.randn(3, 20)
+    expected, bits = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(lrcompile.AdapterError, match=rf"q-galore holds the weight itself.*'old' \({method}\) is at 0"):
+        lrcompile.apply(model, lrcompile.spec("q-galore", rank=2, targets=["0"], group_size=20), name="new")
+    assert torch.equal(model(x), expected)
+    assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())

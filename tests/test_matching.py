@@ -144,3 +144,20 @@ def test_matching_is_linear_in_the_number_of_sites():
         return min(best)
 
     assert seconds(800) < 3 * 8 * max(seconds(100), 1e-3)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(12, 2), nn.Linear(12, 10)
+
+
+@pytest.mark.parametrize("method", ["qlora", "loftq", "qpissa"])
+def test_weights_that_a_method_cannot_hold_in_4_bits_are_spared(method):
+    matched = match(Attends(), lrcompile.spec(method, rank=2))
+    assert [site.name for site in matched.hit] == ["attention.out_proj", "out"]
+    assert [(site.name, why) for site, why in matched.spared] == [
+        ("attention.in_proj_weight", f"{method} holds weights of nn.Linear and Conv1D in 4 bits, no others")
+    ]
+    with pytest.raises(lrcompile.TargetError, match="in 4 bits"):
+        match(Attends(), lrcompile.spec(method, rank=2, targets=["in_proj_weight"]))
