@@ -2,23 +2,25 @@
 
 With T tokens a step, a frozen map of i inputs and o outputs, and an adapter of rank r on it:
 
-    FLOPs    2·T·i·o forward, 2·T·i·o for the gradient of its input, and 6·T·r·(i + o) for the adapter
-    memory   the weights, 4·T·(i + r) bytes at most to compute the adapter's gradients, and for every trained number its
-             value, its gradient and two of AdamW's averages
+    FLOPs    2·T·i·o forward, 2·T·i·o for the gradient of its input, and the adapter's own, 6·T·r·(i + o) for LoRA
+    memory   the weights, what the adapter keeps for the backward pass (4·T·(i + r) bytes for LoRA), and for every trained
+             number its value, its gradient and two of AdamW's averages
 
+The adapter's are counted by running its operations on the meta device.
 Attention scores, norms and element-wise operations are not counted: they depend on the sequence length or cost little.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrcompile.costing import Cost, cost
 from lrcompile.matching import match
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
@@ -108,6 +110,7 @@ def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
     matched = match(model, spec)
     expert_share = _expert_share(model)
     planned = [_planned(site, spec) for site in matched.hit]
+    costs = _costs(model, spec, matched.hit, tokens, expert_share)
     parameters = dict(model.named_parameters())
     in_full = sum(parameters[name].numel() for name in matched.trained)
     added = sum(site.parameters for site in planned)
@@ -124,21 +127,29 @@ def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
         tokens=tokens,
         base_bytes=_base_bytes(parameters, spec, matched.hit),
         trainer_bytes=(2 + ADAMW_STATES) * added * width + (1 + ADAMW_STATES) * full_bytes,
-        saved_bytes=sum(
-            round(tokens * _used(site, expert_share)) * width * (site.in_features + spec.rank_of(site.name))
-            for site in matched.hit
-        ),
+        saved_bytes=sum(cost.saved_bytes for cost in costs),
         frozen_flops=sum(
             round(4 * tokens * _used(site, expert_share)) * site.in_features * site.out_features for site in maps
         ),
-        adapter_flops=sum(
-            round(6 * tokens * _used(site, expert_share))
-            * spec.rank_of(site.name)
-            * (site.in_features + site.out_features)
-            for site in matched.hit
-        ),
+        adapter_flops=sum(cost.flops for cost in costs),
         notes=matched.notes,
     )
+
+
+def _costs(model: nn.Module, spec: Spec, hit: Iterable[Site], tokens: int, expert_share: float) -> list[Cost]:
+    """The cost of every site; sites of one shape cost the same."""
+    known: dict[Hashable, Cost] = {}
+    found = []
+    for site in hit:
+        weight = model.get_submodule(site.host)._parameters.get(site.slot)
+        dtype = weight.dtype if weight is not None else torch.float32
+        rows = round(tokens * _used(site, expert_share))
+        form = part(str(recipe(spec.method).form)).at(spec, site)
+        key = (form, site.in_features, site.out_features, spec.rank_of(site.name), dtype, rows)
+        if key not in known:
+            known[key] = cost(spec, site, rows, dtype)
+        found.append(known[key])
+    return found
 
 
 def _planned(site: Site, spec: Spec) -> Planned:

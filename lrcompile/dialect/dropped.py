@@ -42,6 +42,8 @@ class _Replayed(torch.autograd.Function):
 
 def _mask(like: Tensor, p: float, seed: int) -> Tensor:
     """0 or 1/(1 − p), by shape and seed alone: laid out in order whatever the strides of `like` are."""
+    if like.is_meta:
+        return torch.empty_like(like)
     generator = torch.Generator(like.device).manual_seed(seed)
     return (
         torch.empty(like.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
