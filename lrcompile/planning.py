@@ -3,8 +3,8 @@
 With T tokens a step, a frozen map of i inputs and o outputs, and an adapter of rank r on it:
 
     FLOPs    2·T·i·o forward, 2·T·i·o for the gradient of its input, and the adapter's own, 6·T·r·(i + o) for LoRA
-    memory   the weights, what the adapter keeps for the backward pass (4·T·(i + r) bytes for LoRA), and for every trained
-             number its value, its gradient and two of AdamW's averages
+    memory   the weights, what the adapter keeps for the backward pass (4·T·(i + r) bytes for LoRA), and of every number
+             that trains its value, its gradient and two of AdamW's averages
 
 The adapter's are counted by running its operations on the meta device.
 Attention scores, norms and element-wise operations are not counted: they depend on the sequence length or cost little.

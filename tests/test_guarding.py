@@ -68,3 +68,16 @@ def test_the_right_optimizer_and_its_copies_of_state_are_never_asked():
     train(model, optimizer, batches(2))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora-drop", "delta-lora", "galore"])
+def test_a_step_without_a_gradient_of_the_adapter_is_none_of_its_schedule(method):
+    model = applied(method)
+    optimizer = optimizer_of(method, model)
+    train(model, optimizer, batches(1))
+    optimizer.zero_grad()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lrcompile_steps"] == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -56,6 +56,10 @@ class Unload(Rule):
                     " weights whole on each device (DistributedDataParallel)"
                 )
 
+    def acts(self) -> bool:
+        """A stage counts every step, and one at which the adapter could not be unloaded is an error."""
+        return True
+
     def before_step(self, step: Step) -> None:
         state = state_of(self.model)
         require_settled(state, "an optimizer step")

@@ -76,6 +76,10 @@ class Rule:
         state is about to be read or loaded.
         """
 
+    def acts(self) -> bool:
+        """Is the coming step one of this adapter's? Not where no gradient reached it: it was inactive, or frozen."""
+        return any(p.grad is not None for _, adapter in self.adapters() for p in adapter.parameters())
+
     def before_step(self, step: Step) -> None:
         """Gradients are complete and unscaled; weights are those they were computed at."""
 

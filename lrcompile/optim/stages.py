@@ -31,6 +31,10 @@ class Stages(Rule):
                     out.append({**group, "params": members})
         return out
 
+    def acts(self) -> bool:
+        """A stage counts every step."""
+        return True
+
     def before_step(self, step: Step) -> None:
         k = (step.number - 1) % self.spec.period
         first = step.number <= self.spec.period

@@ -22,7 +22,8 @@ BELONGS = "lrcompile_belongs"
 def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callable[[], None], identity: str) -> None:
     """Let every step of `optimizer` be `check`, the rules' `before_step`, its own step, the rules' `after_step`.
 
-    A step that a gradient scaler skips, inside the optimizer or before it, is none. A closure runs before the rules
+    A step that a gradient scaler skips, inside the optimizer or before it, is none; nor is one, for an adapter's rules,
+    without a gradient of that adapter. A closure runs before the rules
     do, once. A loaded state must have been saved with the same `identity`: `AdapterError` names the difference.
     """
     wiring = _Wiring(optimizer, rules, check, identity)
@@ -44,6 +45,8 @@ class _Wiring:
         self.optimizer, self.rules, self.check, self.identity = optimizer, rules, check, identity
         self.outer: FrameType | None = None
         """Of the step that is being taken."""
+        self.acting: list[Rule] = []
+        """The rules whose adapters the step is one of."""
 
     @property
     def completed(self) -> int:
@@ -73,19 +76,20 @@ class _Wiring:
     def begin(self) -> None:
         if not _skipped(self.optimizer):
             self.check()
+            self.acting = [rule for rule in self.rules if rule.acts()]
             with torch.no_grad(), _unscaled(self.optimizer):
-                for rule in self.rules:
+                for rule in self.acting:
                     rule.before_step(Step(self.optimizer, self.completed + 1))
 
     def after(self, *_: Any) -> None:
         if self.outer is not sys._getframe(1):
             return
         self.outer = None
-        if _skipped(self.optimizer):
+        if _skipped(self.optimizer) or (self.rules and not self.acting):
             return
         self.optimizer.param_groups[0][STEPS] = self.completed + 1
         with torch.no_grad(), _unscaled(self.optimizer):
-            for rule in self.rules:
+            for rule in self.acting:
                 rule.after_step(Step(self.optimizer, self.completed))
 
     def loading(self, _: Any, state_dict: dict[str, Any]) -> None:
