@@ -26,7 +26,7 @@ from lrcompile.benching.trial import FROZEN, Trial, run
 from lrcompile.deployment.describing import versions
 from lrcompile.errors import SpecError
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Learning rates, of which a sweep starts in the middle and walks to where it is best."""
 FIRST = (1, 2, 3)
 
