@@ -159,6 +159,16 @@ def test_on_an_nf4_base_it_trains_or_says_why_not(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_it_gives_the_same_outputs_and_gradients(method):
+    compare_compiled(method, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "pissa", "adalora", "delta-lora", "galore"])
+def test_compiled_by_inductor_too(method):
+    compare_compiled(method, "inductor")
+
+
+def compare_compiled(method: str, backend: str) -> None:
     model = trained(method).train()
     model.zero_grad()
     batch = batches(1)[0]
@@ -166,7 +176,7 @@ def test_compiled_it_gives_the_same_outputs_and_gradients(method):
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     out = compiled(**batch)
     out.loss.backward()
     assert torch.allclose(out.logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
