@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -122,7 +124,8 @@ def _trials(contenders: Sequence[Contender], plan: Plan, folder: Path, done: dic
     waiting: dict[Future, tuple[Contender, Trial]] = {}
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ProcessPoolExecutor(plan.workers, mp_context=context) as pool, Progress(*columns, console=console) as bar:
+    workers = ProcessPoolExecutor(plan.workers, context, _leave_with, (os.getpid(),))
+    with workers as pool, Progress(*columns, console=console) as bar:
         shown = bar.add_task("trials", total=0)
 
         def start(contender: Contender) -> None:
@@ -148,6 +151,17 @@ def _trials(contenders: Sequence[Contender], plan: Plan, folder: Path, done: dic
                 bar.update(shown, advance=1, description=f"{trial.task} {trial.method} lr {trial.lr:g}")
                 if not any(other is contender for other, _ in waiting.values()):
                     start(contender)
+
+
+def _leave_with(parent: int) -> None:
+    """In a worker: end when whoever started it was killed, which closes no pipe of its siblings."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _next(contender: Contender, plan: Plan) -> list[Trial]:
