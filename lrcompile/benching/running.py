@@ -129,13 +129,17 @@ def _trials(contenders: Sequence[Contender], plan: Plan, folder: Path, done: dic
         shown = bar.add_task("trials", total=0)
 
         def start(contender: Contender) -> None:
-            for trial in _next(contender, plan):
-                if trial.key in done:
-                    _take(contender, trial, done[trial.key]["quality"])
-                    start(contender)
+            """Submit what it needs next; a run that goes on decides as the one that was interrupted would have."""
+            while trials := _next(contender, plan):
+                left = [trial for trial in trials if trial.key not in done]
+                for trial in trials:
+                    if trial.key in done:
+                        _take(contender, trial, done[trial.key]["quality"])
+                for trial in left:
+                    bar.update(shown, total=(bar.tasks[shown].total or 0) + 1)
+                    waiting[pool.submit(run, trial, folder)] = (contender, trial)
+                if left:
                     return
-                bar.update(shown, total=(bar.tasks[shown].total or 0) + 1)
-                waiting[pool.submit(run, trial, folder)] = (contender, trial)
 
         for contender in contenders:
             start(contender)
