@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile.benching.tasks import Batch, Task
+from lrcompile.benching.task import Batch, Task
 from lrcompile.benching.trial import FROZEN, Trial, adapted, optimizer_of
 from lrcompile.progress import shown
 

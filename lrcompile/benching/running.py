@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lrcompile.benching.contenders import REFERENCE_RANK, matched_rank, trained
 from lrcompile.benching.costs import Cost, measure
-from lrcompile.benching.tasks import TASKS, Task
+from lrcompile.benching.task import Task
+from lrcompile.benching.tasks import TASKS
 from lrcompile.benching.trial import FROZEN, Trial, run
 from lrcompile.deployment.describing import versions
 from lrcompile.errors import SpecError

@@ -14,7 +14,8 @@ from torch import nn
 
 import lrcompile
 from lrcompile.benching.contenders import spec_of
-from lrcompile.benching.tasks import TASKS, Task
+from lrcompile.benching.task import Task
+from lrcompile.benching.tasks import TASKS
 from lrcompile.demo.sources import quiet
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
