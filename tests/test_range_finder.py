@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo.projected import find_directions
 
 from lrcompile.recipes.range_finder import leading_directions
 
@@ -118,18 +118,11 @@ def test_the_size_of_the_product_does_not_matter(factor):
     assert sine(Q, P) < 1e-5
 
 
-def _worker(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    a, b = torch.load(f"{path}/data.pt")
-    torch.save(leading_directions(a[rank::2], b[rank::2], 3, seed=0), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_every_process_of_a_group_finds_the_directions_of_the_summed_product(tmp_path):
     a, b = factors(20, 15, 11, decay=0.5)
     torch.save((a, b), tmp_path / "data.pt")
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    mp.spawn(find_directions, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = leading_directions(a, b, 3, seed=0)
     assert alone is not None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,45 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from zoo.projected import SIZES, adapter, batches, galore, loss, plain, train_replicas, weights
 
 import lrcompile
 from lrcompile.recipes.forms.galore import ProjectedGradient
 
-SIZES = (7, 12, 5)  # right (out > in), then left (out < in)
-
-
-def plain(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential()
-    for inside, out in itertools.pairwise(sizes):
-        model.extend([nn.Linear(inside, out), nn.Tanh()])
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / math.sqrt(p.shape[-1]))
-    return model.to(dtype)
-
-
-def galore(model: nn.Module, *, rank: int = 3, gap: int = 4, scale: float = 0.5, **fields: Any) -> Any:
-    return lrcompile.apply(
-        model, lrcompile.spec("galore", rank=rank, update_proj_gap=gap, scale=scale, seed=0, **fields)
-    )
-
 
 def full_rank(model: nn.Module, **fields: Any) -> Any:
     return galore(model, rank=7, rank_pattern={"2": 5}, scale=1.0, **fields)
-
-
-def adapter(model: Any, index: int) -> ProjectedGradient:
-    return model[index].lrcompile_adapters["weight"]["default"]
-
-
-def batches(count: int, size: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randn(size, SIZES[0], generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
-
-
-def loss(model: Any, x: Tensor) -> Tensor:
-    return model(x).square().sum()
 
 
 def train(model: Any, optimizer: Any, data: list[Tensor]) -> None:
@@ -63,10 +30,6 @@ def train(model: Any, optimizer: Any, data: list[Tensor]) -> None:
         optimizer.zero_grad()
         loss(model, x).backward()
         optimizer.step()
-
-
-def weights(model: Any) -> list[Tensor]:
-    return [model[index].weight.detach().clone() for index in (0, 2)]
 
 
 def gradients(model: Any, x: Tensor) -> list[Tensor]:
@@ -611,23 +574,9 @@ def test_bitsandbytes_eight_bit_adam_holds_the_moments_and_resumes_bit_for_bit()
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(resumed), strict=True))
 
 
-def _parallel(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model = galore(plain(), gap=2)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = lrcompile.optimizer(wrapped, torch.optim.AdamW, lr=0.01)
-    for x in batches(5, size=8):
-        optimizer.zero_grad()
-        (2 * loss(wrapped, x[rank::2])).backward()  # a sum over the batch, where DDP takes the mean over processes
-        optimizer.step()
-    torch.save([*weights(model), *(adapter(model, index).P.detach() for index in (0, 2))], f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_data_parallel_processes_stay_one_model_and_train_as_one_on_the_whole_batch(tmp_path):
-    mp.spawn(_parallel, (str(tmp_path),), nprocs=2)
+    mp.spawn(train_replicas, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     alone = galore(plain(), gap=2)
