@@ -359,7 +359,6 @@ def test_aliases_that_cannot_be_are_refused(tmp_path: Path, aliases: Any):
     refused(tmp_path / "a", "aliases|cannot be shared|holds one tensor|missing keys")
 
 
-@pytest.mark.skipif("pissa" not in METHODS, reason="pissa")
 def test_a_tensor_that_trains_is_not_shared_with_one_that_does_not(tmp_path: Path):
     lrcompile.save(adapted("pissa"), tmp_path / "a")
     rewritten(tmp_path / "a", lambda tensors: tensors.pop("adapter.layers.0.A0"))
@@ -407,7 +406,6 @@ def test_a_value_that_is_not_finite_is_refused_by_name(method: str, tmp_path: Pa
     refused(folder, key)
 
 
-@pytest.mark.skipif("delta-lora" not in METHODS, reason="delta-lora")
 def test_a_truth_value_that_is_none_is_refused(tmp_path: Path):
     folder = lrcompile.save(adapted("delta-lora"), tmp_path / "a")
     key = next(key for key, tensor in load_file(folder / WEIGHTS).items() if tensor.dtype == torch.bool)
