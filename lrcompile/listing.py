@@ -90,7 +90,11 @@ def list_passes(given: Namespace) -> int:
     for name in passes.names():
         each = passes.get(name)
         options = ", ".join(f"{field.name.replace('_', '-')}={field.default!r}" for field in fields(each))
-        rows.append((name, each.preserves, options or "-", (each.__doc__ or "").strip().splitlines()[0]))
-    note = 'write a pipeline as "merge-lora,quantize-nf4{block-size=128}"'
-    print(render(("pass", "preserves", "options", "identity"), rows, notes=[note]))
+        identity = (each.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, each.stage, each.preserves, options or "-", identity))
+    notes = [
+        'write a pipeline as "merge-lora,quantize-nf4{block-size=128}", of passes of the stage export',
+        "passes of the stage dynamo run where a model is compiled for training",
+    ]
+    print(render(("pass", "stage", "preserves", "options", "identity"), rows, notes=notes))
     return 0

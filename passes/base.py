@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from lrcompile.passes.tensors import View
 Equivalence = Literal["exact", "reassociation", "cast", "approximate"]
 """exact: the same bits. reassociation: the same algebra in another order. cast: that, plus one rounding to the
 weight's dtype. approximate: an error the pass states and measures."""
+Stage = Literal["dynamo", "export"]
+"""What a pass rewrites. export: a `Program`. dynamo: an `fx.GraphModule` as Dynamo captures it, before autograd."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,22 @@ class Result:
         return self.count > 0
 
 
+Subject = TypeVar("Subject")
+
+
 @dataclass(frozen=True)
-class Pass(ABC):
+class Pass(ABC, Generic[Subject]):
     """One rewrite. The first line of a subclass's docstring is the identity it uses."""
 
     name: ClassVar[str]
+    stage: ClassVar[Stage] = "export"
     preserves: ClassVar[Equivalence]
     tolerance: ClassVar[float] = 0.0
     """Of an `approximate` pass: the largest error it may cause in a tensor, in a unit its docstring gives."""
 
     @abstractmethod
-    def apply(self, program: Program) -> Result:
-        """Rewrite `program` in place; `modified` is False exactly if nothing changed. Running it again changes
+    def apply(self, subject: Subject) -> Result:
+        """Rewrite `subject` in place; `modified` is False exactly if nothing changed. Running it again changes
         nothing.
         """
 

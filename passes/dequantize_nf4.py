@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class DequantizeNf4(Pass):
+class DequantizeNf4(Pass[Program]):
     """x·(c[q]·m)ᵀ = xWᵀ for every NF4 linear map that an adapter adds to; W is pending, written in `into`.
 
     Folding into codes would round a small update away; into a float weight it costs one rounding to `into`.

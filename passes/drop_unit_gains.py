@@ -13,7 +13,7 @@ from lrcompile.passes.tensors import Tensors, substitute
 
 
 @dataclass(frozen=True)
-class DropUnitGains(Pass):
+class DropUnitGains(Pass[Program]):
     """gain(y, 1, c) = y, and xWᵀ + (x ⊙ (1 − 1))Wᵀ = xWᵀ: gains that were never trained cost nothing.
 
     Outputs are equal, where −0 equals 0.

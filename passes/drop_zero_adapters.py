@@ -11,7 +11,7 @@ from lrcompile.passes.tensors import Tensors, substitute
 
 
 @dataclass(frozen=True)
-class DropZeroAdapters(Pass):
+class DropZeroAdapters(Pass[Program]):
     """y + s·(xAᵀ)0ᵀ = y + s·(x0ᵀ)Bᵀ = y: an adapter that was never trained costs nothing.
 
     Takes adapters of which one factor is zero in every element. Outputs are equal, where −0 equals 0.

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ExpandGains(Pass):
+class ExpandGains(Pass[Program]):
     """gain(y, g, c) = y + h ⊙ (y − c) in aten, h = g − 1 held in y's dtype.
 
     Leaves gains that are not held (fold-gains holds them) to the op's own decomposition, which every lowering applies.

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ExpandHadamard(Pass):
+class ExpandHadamard(Pass[Program]):
     """y + s·x(W ⊙ BA)ᵀ = y + xDᵀ with D = s·W ⊙ BA held, as large as W: there is no cheaper form beside W.
 
     D is formed as the op forms it, in y's dtype. Leaves active dropout and what depends on an input to the op's own

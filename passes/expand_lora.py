@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ExpandLora(Pass):
+class ExpandLora(Pass[Program]):
     """lora(y, x, A, B, s) = y + (s·(xAᵀ))Bᵀ in aten, without the product by a scale of one.
 
     Leaves active dropout and the lookup form to the op's own decomposition, which every lowering applies.

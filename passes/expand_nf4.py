@@ -18,7 +18,7 @@ from lrcompile.passes.tensors import Tensors, substitute
 
 
 @dataclass(frozen=True)
-class ExpandNf4(Pass):
+class ExpandNf4(Pass[Program]):
     """nf4_linear(x, q, m) = x·(c[q]·m)ᵀ + b in aten: a gather, a product by block maxima, a linear map.
 
     The two code tables become buffers of the program, once.

@@ -13,7 +13,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class FoldFactors(Pass):
+class FoldFactors(Pass[Program]):
     """lora(y, x, f(tensors), g(tensors), s) = lora(y, x, A', B', s) with A' = f(tensors) and B' = g(tensors) held.
 
     The factors a form computes at each call (λ_b ⊙ B·diag(λ_d), A ⊙ E, [A; A₀], …) become tensors of the program,

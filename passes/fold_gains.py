@@ -14,7 +14,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class FoldGains(Pass):
+class FoldGains(Pass[Program]):
     """gain(y, f(tensors), c) = gain(y, g, c) with g = f(tensors) held: no norm of a weight is left in the program.
 
     One tensor for each adapter and value, so that the calls of one layer share theirs.

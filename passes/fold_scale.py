@@ -14,7 +14,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class FoldScale(Pass):
+class FoldScale(Pass[Program]):
     """s·(xAᵀ)Bᵀ = (xAᵀ)(s·B)ᵀ: one product of size T×rank less for each adapter, and a scale of one.
 
     s·B is a new tensor, `<B>_scaled`, one for each B and scale: calls of one layer, and q, k and v that take slices of

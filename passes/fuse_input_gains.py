@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class FuseInputGains(Pass):
+class FuseInputGains(Pass[Program]):
     """xWᵀ + (x ⊙ (g − 1))Wᵀ = (x ⊙ g)Wᵀ: one product instead of two, for weights that are float or NF4 codes.
 
     Refuses in 16-bit dtypes, where a gain near one would round to one, and where the two products differ in more than

@@ -15,7 +15,7 @@ MERGES: tuple[Pass, ...] = (MergeInputGains(), MergeHadamard(), MergeLora(), Mer
 
 
 @dataclass(frozen=True)
-class MergeAdapters(Pass):
+class MergeAdapters(Pass[Program]):
     """f(xWᵀ) = xW'ᵀ for f a stack of adapters: the merge passes in turn, until none of them finds anything more.
 
     A stack may mix kinds (a pair below a gain below a pair); each pass folds what sits on a product by then.

@@ -14,7 +14,7 @@ from lrcompile.passes.tensors import Tensors, View
 
 
 @dataclass(frozen=True)
-class MergeGains(Pass):
+class MergeGains(Pass[Program]):
     """g ⊙ (xWᵀ + b) = x(g ⊙ W)ᵀ + g ⊙ b, and b + g ⊙ xWᵀ = x(g ⊙ W)ᵀ + b where the gain keeps the bias.
 
     Each changed tensor is rounded to its dtype once, with all that is folded into it. Refuses where the product's

@@ -27,7 +27,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class MergeHadamard(Pass):
+class MergeHadamard(Pass[Program]):
     """xWᵀ + s·x(W ⊙ BA)ᵀ = x(W + s·W ⊙ BA)ᵀ, at a rounding of W to its dtype.
 
     Refuses where the W that the adapter multiplies is not the weight of the product it adds to.

@@ -15,7 +15,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class MergeInputGains(Pass):
+class MergeInputGains(Pass[Program]):
     """xWᵀ + (x ⊙ (g − 1))Wᵀ = x(W ⊙ g)ᵀ: one product instead of two, at a rounding of W to its dtype.
 
     Refuses where the two products have not the same weight and input, or something else reads one of them.

@@ -28,7 +28,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class MergeLora(Pass):
+class MergeLora(Pass[Program]):
     """xWᵀ + s·(xAᵀ)Bᵀ = x(W + s·BA)ᵀ: one product instead of three, at a rounding of W to its dtype.
 
     Takes every adapter whose base is a product with, or lookup in, one weight. Refuses where folding would change what

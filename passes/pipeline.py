@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lrcompile.errors import SpecError
 from lrcompile.passes.base import Pass, Program, Result
 
 Callback = Callable[[Pass, Program], Callable[[Result], None]]
@@ -23,12 +24,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A tuple of passes; `str(pipeline)` is the text `lrcompile.passes.parse` reads."""
+    """A tuple of passes of one stage; `str(pipeline)` is the text `lrcompile.passes.parse` reads."""
 
     passes: tuple[Pass, ...]
 
+    def __post_init__(self) -> None:
+        stages = {each.stage: each.name for each in self.passes}
+        if len(stages) > 1:
+            mixed = " and ".join(f"{name!r} ({stage})" for stage, name in stages.items())
+            raise SpecError(f"a pipeline rewrites graphs of one stage, and {mixed} differ", field="passes")
+
     def run(self, program: Program, callback: Callback | None = None) -> tuple[Step, ...]:
-        """Apply every pass to `program`, in order and in place."""
+        """Apply every pass to the captured `program`, in order and in place."""
+        if foreign := [each for each in self.passes if each.stage != "export"]:
+            raise SpecError(
+                f"pass {foreign[0].name!r} rewrites a graph that is being compiled for training; a captured program"
+                " takes passes of the export stage (see: lrcompile passes)",
+                field="passes",
+            )
         steps = []
         for each in self.passes:
             after = callback(each, program) if callback is not None else None

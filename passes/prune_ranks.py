@@ -13,7 +13,7 @@ from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class PruneRanks(Pass):
+class PruneRanks(Pass[Program]):
     """Σₖ (x·aₖ)bₖᵀ = the sum over k with aₖ ≠ 0 ≠ bₖ: rows of A and columns of B that add nothing go.
 
     What AdaLoRA masked, and what never trained, costs nothing. A factor that other adapters read too (q, k and v take

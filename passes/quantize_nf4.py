@@ -23,7 +23,7 @@ _PRODUCTS = (aten.linear.default, aten.addmm.default)
 
 
 @dataclass(frozen=True)
-class QuantizeNf4(Pass):
+class QuantizeNf4(Pass[Program]):
     """W ≈ c[q]·m for the linear maps `lrcompile.quantize` would take: not heads, routers, shared weights.
 
     Each weight is computed, quantized and dropped before the next one. Errors are max |Ŵ − W| / (m + S): m the largest

@@ -22,7 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quantize-nf4": {"block_size": st.sampled_from(BLOCK_SIZES)},
     "dequantize-nf4": {"into": st.sampled_from(sorted(DTYPES))},
 }
-ONE = st.sampled_from(passes.names()).flatmap(lambda name: st.builds(passes.get(name), **OPTIONS.get(name, {})))
+EXPORT = [name for name in passes.names() if passes.get(name).stage == "export"]
+ONE = st.sampled_from(EXPORT).flatmap(lambda name: st.builds(passes.get(name), **OPTIONS.get(name, {})))
 
 
 @dataclass(frozen=True)

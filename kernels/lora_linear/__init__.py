@@ -1,0 +1,1 @@
+"""A linear map and a low-rank pair beside it, in one product."""
