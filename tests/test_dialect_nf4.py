@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lrcompile.dialect.nf4 import nf4_linear_aten
-from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant.storage import kept_tables
 
 op = torch.ops.lrcompile.nf4_linear
 OUT, IN, BLOCK = 7, 13, 32
@@ -271,9 +272,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(change, m
 
 
 def test_tables_first_met_in_inference_mode_serve_training_too():
-    from lrcompile.dialect import nf4 as dialect_nf4
-
-    dialect_nf4._tables.cache_clear()
+    kept_tables.cache_clear()
     nf4, _ = _stored()
     x = _randn(3, IN).requires_grad_()
     with torch.inference_mode():

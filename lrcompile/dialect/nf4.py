@@ -8,14 +8,16 @@ Lowerings replace it by `nf4_linear_aten`; it must not be written into a file, s
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
-from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, Tables, nf4_shapes, tables
+from lrcompile.kernels.nf4_dequant import Nf4, Tables
+from lrcompile.kernels.nf4_dequant.checking import checked_storage
+from lrcompile.kernels.nf4_dequant.storage import kept_tables
 from lrcompile.kernels.nf4_linear import nf4_linear as reference
 
 LIBRARY.define(
@@ -24,51 +26,25 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-_tables = cache(tables)
-"""Only eager kernels may use these: they run on real tensors, where a graph being traced holds fake ones."""
-
 
 def _checked(
     x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, block_size: int,
 ) -> Nf4:  # fmt: skip
-    """The same refusals from the kernel and from its fake: codes too short would otherwise be read past their end."""
-    torch._check(
-        block_size in BLOCK_SIZES, lambda: f"nf4_linear: block_size is {block_size}, expected one of {BLOCK_SIZES}"
-    )
-    n_codes, n_blocks, n_scales = nf4_shapes(out_features * in_features, block_size)
+    """The same refusals from the kernel and from its fake."""
     torch._check(x.is_floating_point(), lambda: f"nf4_linear: x is {x.dtype}, expected a floating dtype")
     torch._check(x.dim() > 0, lambda: "nf4_linear: x is 0-d, expected [..., in_features]")
     torch._check(
         x.shape[-1] == in_features,
         lambda: f"nf4_linear: x is {tuple(x.shape)}, expected [..., {in_features}] (in_features)",
     )
-    held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("codes", codes, (n_codes,), torch.uint8)]
-    if absmax_scale is None or absmax_offset is None:
-        torch._check(
-            absmax_scale is None and absmax_offset is None,
-            lambda: "nf4_linear: absmax_scale and absmax_offset come together (double quantization) or not at all",
-        )
-        held += [("absmax", absmax, (n_blocks,), torch.float32)]
-    else:
-        held += [
-            ("absmax", absmax, (n_blocks,), torch.uint8),
-            ("absmax_scale", absmax_scale, (n_scales,), torch.float32),
-            ("absmax_offset", absmax_offset, (), torch.float32),
-        ]
-    for name, tensor, shape, dtype in held:
-        torch._check(
-            tuple(tensor.shape) == shape and tensor.dtype == dtype,
-            lambda name=name, tensor=tensor, shape=shape, dtype=dtype: (
-                f"nf4_linear: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape} for a weight of "
-                f"{out_features} x {in_features} in blocks of {block_size}"
-            ),
-        )
     torch._check(
         bias is None or bias.shape == (out_features,),
         lambda: f"nf4_linear: bias is {tuple(bias.shape) if bias is not None else None}, expected ({out_features},)",
     )
-    return Nf4(codes, absmax, absmax_scale, absmax_offset)
+    return checked_storage(
+        "nf4_linear", codes, absmax, absmax_scale, absmax_offset, out_features, in_features, block_size
+    )
 
 
 def nf4_linear_aten(
@@ -94,7 +70,7 @@ def _kernel(
     compute_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     nf4 = _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
-    constants: Tables | None = None if x.is_meta else _tables(codes.device)
+    constants: Tables | None = None if x.is_meta else kept_tables(codes.device)
     return reference(
         x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, constants=constants
     )  # fmt: skip
