@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.int8.modules import hand_back, hand_over, is_int8
-from lrcompile.kernels.nf4_linear import Nf4
+from lrcompile.kernels.nf4_dequant import Nf4
 from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of
 
 

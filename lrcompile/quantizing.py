@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
-from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import BLOCK_SIZES, Nf4, quantize_nf4
 from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
 from lrcompile.nf4.targets import chosen
 from lrcompile.progress import shown

@@ -13,7 +13,7 @@ from torch import nn
 import lrcompile
 from lrcompile.deployment.capture import capture
 from lrcompile.errors import ExportError
-from lrcompile.kernels.nf4_linear import Nf4, decode_absmax
+from lrcompile.kernels.nf4_dequant import Nf4, decode_absmax
 from lrcompile.nf4.modules import codes_of
 from lrcompile.passes.base import Pending, Program
 from lrcompile.passes.merge_lora import MergeLora

@@ -14,7 +14,7 @@ from torch import nn
 import lrcompile
 from lrcompile import ExportError, SpecError
 from lrcompile.deployment.capture import capture
-from lrcompile.kernels.nf4_linear import BLOCK_SIZES, Nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import BLOCK_SIZES, Nf4, quantize_nf4
 from lrcompile.passes import quantize_nf4 as module
 from lrcompile.passes.base import Program
 from lrcompile.passes.checking import Check

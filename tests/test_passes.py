@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrcompile import LrcompileError, SpecError, passes
-from lrcompile.kernels.nf4_linear import BLOCK_SIZES
+from lrcompile.kernels.nf4_dequant import BLOCK_SIZES
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.pipeline import Pipeline

@@ -15,7 +15,7 @@ from torch import nn
 import lrcompile
 from lrcompile.errors import AdapterError, SpecError, TargetError
 from lrcompile.hosting import Host, swap
-from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
 from lrcompile.nf4.modules import attach, codes_of, detach, layout_of
 from lrcompile.quantizing import Quantization, dequantize, is_nf4, nf4_weight, quantization_of, quantize
 from lrcompile.sites.linear import AdaptedLinear

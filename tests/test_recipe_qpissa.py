@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrcompile
 from lrcompile.errors import SpecError, TargetError
-from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
 from lrcompile.nf4.modules import codes_of, nf4_weight
 from lrcompile.quantizing import dequantize, is_nf4
 from lrcompile.recipes.initialisers import alternating

@@ -21,7 +21,7 @@ from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 
 from lrcompile.dialect import nf4 as nf4  # registers torch.ops.lrcompile.nf4_linear
-from lrcompile.kernels.nf4_linear import CODEBOOK, Nf4, decode_absmax
+from lrcompile.kernels.nf4_dequant import CODEBOOK, Nf4, decode_absmax
 from lrcompile.passes.tensors import Tensors
 
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default

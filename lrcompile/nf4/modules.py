@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lrcompile.dialect.nf4  # noqa: F401  (registers the op)
 from lrcompile.hosting import Host, stack, stacked
-from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4
+from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
 
 BUFFERS = tuple(f"weight_{field}" for field in Nf4._fields)
 _LAYOUT = "_lrcompile_nf4"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile.kernels.nf4_linear import dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
 
 
 def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size: int = 64) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.guarding import watch
-from lrcompile.kernels.nf4_linear import Nf4
+from lrcompile.kernels.nf4_dequant import Nf4
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrcompile.kernels.nf4_linear import dequantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4
 from lrcompile.nf4.modules import codes_of, is_nf4, layout_of, nf4_weight
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site

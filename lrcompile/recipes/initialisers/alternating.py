@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4, quantize_nf4
 from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.initialisers.svd import Triplets, largest, split, weight_of
 
