@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch, tokenizers and huggingface_hub are imported: each reads its variable once.
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+# Before torch, tokenizers, huggingface_hub and triton are imported: each reads its variable once. Interpreted, a Triton
+# kernel runs on CPU tensors; tests that compile one start a process without the variable (kernel_tools.compiling).
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRITON_INTERPRET="1")
 
 import random
 from collections.abc import Callable, Iterator

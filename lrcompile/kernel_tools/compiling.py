@@ -1,0 +1,138 @@
+"""Compiling a launch for a GPU that is not there, and reading what the assembler made of it.
+
+A kernel module lists its launches, on meta tensors, in `ahead_of_time(capability) -> dict[str, Launch]`: every
+configuration its tuner may choose on that target, for the shapes it was written for. From a shell:
+
+    python -m lrcompile.kernel_tools.compiling lrcompile.kernels.lora_linear.fused --capability 90 --every 4
+
+prints one JSON object, `{name: {registers, stack, shared}}`. It needs Triton but neither GPU nor driver, and it must
+be a process of its own where kernels are otherwise interpreted (TRITON_INTERPRET is read when they are decorated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lrcompile.errors import LrcompileError, require
+from lrcompile.kernel_tools.launches import Launch
+
+DTYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+"""Torch's dtypes in Triton's spelling."""
+DIVISIBLE = [["tt.divisibility", 16]]
+"""Triton compiles a kernel of its own for pointers and integers that are multiples of 16: it may then load vectors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Of one thread: registers, and bytes of stack, which is where spilled registers go. Of one program: shared bytes.
+
+    `stack` is 0 exactly where nothing spilled: these kernels have no arrays, calls or recursion that would need one.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def usage(launch: Launch, capability: int) -> Usage:
+    """Compile `launch` for compute capability `capability` (90 for Hopper) as a run with these arguments would.
+
+    Tensors may be meta tensors; they count as 16-byte aligned, which what an allocator returns always is. Under
+    TRITON_INTERPRET=1 there is nothing to compile: LrcompileError.
+    """
+    triton = require("triton", "gpu")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(launch.kernel, triton.JITFunction):
+        raise LrcompileError(
+            f"{launch.kernel.__name__} was imported under TRITON_INTERPRET=1 and cannot be compiled; compile it in a"
+            " process without that variable (lrcompile.kernel_tools.compiling.usages starts one)"
+        )
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for parameter in launch.kernel.params:
+        value, path = launch.values[parameter.name], (parameter.num,)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[path] = "constexpr", value
+        else:
+            signature[parameter.name] = _type(value, path, constants, attributes)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    registers, stack = _resources(binary.asm["cubin"])
+    return Usage(registers, stack, binary.metadata.shared)
+
+
+def _type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument, noting what a run would specialize on: 1 and None become constants."""
+    if isinstance(value, tuple):
+        return tuple(_type(inner, (*path, i), constants, attributes) for i, inner in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        attributes[path] = DIVISIBLE
+        return "*" + DTYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value % 16 == 0:
+        attributes[path] = DIVISIBLE
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    numbers = dict(word.split(":", 1) for word in said.split() if ":" in word)
+    return int(numbers["REG"]), int(numbers["STACK"])
+
+
+def usages(module: str, capability: int, every: int = 1) -> dict[str, Usage]:
+    """`usage` of each of `every`-th launch that `module` lists, in a fresh process without TRITON_INTERPRET."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", __name__, module, "--capability", str(capability), "--every", str(every)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise LrcompileError(f"{module} does not compile for sm_{capability}:\n{run.stderr}")
+    return {name: Usage(**numbers) for name, numbers in json.loads(run.stdout).items()}
+
+
+def _listed(module: str, capability: int, every: int) -> Iterator[tuple[str, Usage]]:
+    launches = importlib.import_module(module).ahead_of_time(capability)
+    for name in list(launches)[::every]:
+        yield name, usage(launches[name], capability)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compile a module's Triton kernels for a GPU that is not there.")
+    parser.add_argument("module", help="a module with ahead_of_time(capability)")
+    parser.add_argument("--capability", type=int, default=90, help="80 for A100, 90 for H100 and H200")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th launch")
+    given = parser.parse_args(arguments)
+    found = _listed(given.module, given.capability, given.every)
+    print(json.dumps({name: dataclasses.asdict(numbers) for name, numbers in found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
