@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo.processes import spawn
 from zoo.projected import find_directions
 
 from lrcompile.recipes.range_finder import leading_directions
@@ -122,7 +122,7 @@ def test_the_size_of_the_product_does_not_matter(factor):
 def test_every_process_of_a_group_finds_the_directions_of_the_summed_product(tmp_path):
     a, b = factors(20, 15, 11, decay=0.5)
     torch.save((a, b), tmp_path / "data.pt")
-    mp.spawn(find_directions, (str(tmp_path),), nprocs=2)
+    spawn(tmp_path / "store", find_directions, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = leading_directions(a, b, 3, seed=0)
     assert alone is not None

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from zoo.processes import spawn
 from zoo.projected import SIZES, adapter, batches, galore, loss, plain, train_replicas, weights
 
 import lrcompile
@@ -576,7 +576,7 @@ def test_bitsandbytes_eight_bit_adam_holds_the_moments_and_resumes_bit_for_bit()
 
 @pytest.mark.slow
 def test_data_parallel_processes_stay_one_model_and_train_as_one_on_the_whole_batch(tmp_path):
-    mp.spawn(train_replicas, (str(tmp_path),), nprocs=2)
+    spawn(tmp_path / "store", train_replicas, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     alone = galore(plain(), gap=2)

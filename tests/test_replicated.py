@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from zoo.replicas import SPECS, WORLD, worker
+from zoo.processes import WORLD, spawn
+from zoo.replicas import SPECS, worker
 
 import lrcompile
 
@@ -18,7 +19,7 @@ import lrcompile
 @pytest.mark.parametrize("method", SPECS)
 def test_replicas_stay_equal_to_the_bit_through_unloads_and_starts(method: str, tmp_path: Path):
     result = str(tmp_path / "rank")
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), method, result), nprocs=WORLD)
+    spawn(tmp_path / "store", worker, method, result)
     first, *others = (torch.load(f"{result}{rank}", weights_only=True) for rank in range(WORLD))
     for other in others:
         assert all(torch.equal(value, other[key]) for key, value in first.items())

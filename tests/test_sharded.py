@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 from zoo import allocated
-from zoo.sharded import WORLD, adapted, batch, step, worker
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from zoo.processes import spawn
+from zoo.sharded import adapted, batch, step, worker
 
 
 @pytest.mark.slow
@@ -24,7 +18,7 @@ def test_one_sharded_step_of_two_processes_equals_the_step_of_one(tmp_path: Path
     start = {name: p.detach().clone() for name, p in whole.named_parameters()}
     loss = step(whole, *batch())
 
-    torch.multiprocessing.spawn(worker, (_free_port(), str(tmp_path / "sharded.pt")), nprocs=WORLD)
+    spawn(tmp_path / "store", worker, str(tmp_path / "sharded.pt"))
     sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
 
     # two halves averaged instead of one mean over eight rows: a few roundings of float32
@@ -39,8 +33,7 @@ def test_one_sharded_step_of_two_processes_equals_the_step_of_one(tmp_path: Path
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_adalora_allocates_in_two_processes_as_in_one(kind: str, tmp_path: Path):
     whole = allocated.train(allocated.adapted())
-    arguments = (_free_port(), kind, str(tmp_path / "trained.pt"))
-    torch.multiprocessing.spawn(allocated.worker, arguments, nprocs=allocated.WORLD)
+    spawn(tmp_path / "store", allocated.worker, kind, str(tmp_path / "trained.pt"))
     shared = torch.load(tmp_path / "trained.pt", weights_only=True)
     assert shared.keys() == whole.keys()
     for name, value in whole.items():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import lrcompile
 from lrcompile.sharding import whole
+from zoo.processes import WORLD
 
-WORLD, STEPS = 2, 7
+STEPS = 7
 
 
 class Model(nn.Module):
@@ -45,20 +43,14 @@ def train(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return {name: whole(p).detach().clone() for name, p in named.items()}
 
 
-def worker(rank: int, port: int, kind: str, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        model = adapted()
-        if kind == "ddp":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            for layer in [each for each in model.modules() if isinstance(each, nn.Linear)]:
-                fully_shard(layer)
-            fully_shard(model)
-        trained = train(model, rank, WORLD)
-        if rank == 0:
-            torch.save(trained, result)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, kind: str, result: str) -> None:
+    model = adapted()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in [each for each in model.modules() if isinstance(each, nn.Linear)]:
+            fully_shard(layer)
+        fully_shard(model)
+    trained = train(model, rank, WORLD)
+    if rank == 0:
+        torch.save(trained, result)

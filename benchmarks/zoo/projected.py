@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import lrcompile
@@ -52,8 +51,6 @@ def weights(model: Any) -> list[Tensor]:
 
 
 def train_replicas(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     model = galore(plain(), gap=2)
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = lrcompile.optimizer(wrapped, torch.optim.AdamW, lr=0.01)
@@ -62,12 +59,9 @@ def train_replicas(rank: int, path: str) -> None:
         (2 * loss(wrapped, x[rank::2])).backward()  # a sum over the batch, where DDP takes the mean over processes
         optimizer.step()
     torch.save([*weights(model), *(adapter(model, index).P.detach() for index in (0, 2))], f"{path}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def find_directions(rank: int, path: str) -> None:
     """This process's share of a product, of which the group finds the directions."""
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     a, b = torch.load(f"{path}/data.pt")
     torch.save(leading_directions(a[rank::2], b[rank::2], 3, seed=0), f"{path}/{rank}.pt")
-    dist.destroy_process_group()

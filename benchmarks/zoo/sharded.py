@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,8 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lrcompile
-
-WORLD = 2
+from zoo.processes import WORLD
 
 
 def adapted() -> nn.Sequential:
@@ -39,23 +36,17 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
-def worker(rank: int, port: int, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        model = adapted()
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer)
-        fully_shard(model)
-        sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-        assert len(sharded) == len(list(model.parameters()))
-        x, y = (part.chunk(WORLD)[rank] for part in batch())
-        loss = step(model, x, y)
-        dist.all_reduce(loss)
-        after = {name: p.full_tensor().detach() for name, p in sharded.items()}
-        if rank == 0:
-            torch.save({"loss": loss / WORLD, "parameters": after}, result)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, result: str) -> None:
+    model = adapted()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    assert len(sharded) == len(list(model.parameters()))
+    x, y = (part.chunk(WORLD)[rank] for part in batch())
+    loss = step(model, x, y)
+    dist.all_reduce(loss)
+    after = {name: p.full_tensor().detach() for name, p in sharded.items()}
+    if rank == 0:
+        torch.save({"loss": loss / WORLD, "parameters": after}, result)
