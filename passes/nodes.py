@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from lrcompile import dialect as dialect  # these register torch.ops.lrcompile
 from lrcompile.dialect import experts as experts
 from lrcompile.dialect import gain as gain
+from lrcompile.dialect import galore as galore
 from lrcompile.dialect import hadamard as hadamard
 from lrcompile.dialect import nf4 as nf4
 from lrcompile.passes.tensors import Tensors
@@ -18,6 +19,7 @@ from lrcompile.passes.tensors import Tensors
 LORA = torch.ops.lrcompile.lora.default
 LOOKUP = torch.ops.lrcompile.lora_embedding.default
 EXPERTS = torch.ops.lrcompile.lora_experts.default
+PROJECT = torch.ops.lrcompile.project_gradient.default
 HADAMARD = torch.ops.lrcompile.hadamard.default
 ADAPTERS = (LORA, LOOKUP, EXPERTS, HADAMARD)
 """Ops of the form op(y, x, A, B, scale, …) that add to y what is linear in A, B and scale."""

@@ -1,0 +1,11 @@
+"""The training pipeline, from the graph Dynamo captured to what an inner compiler is given: read it top to bottom."""
+
+from __future__ import annotations
+
+from lrcompile.passes.group_by_input import GroupByInput
+from lrcompile.passes.pipeline import Pipeline
+
+
+def train() -> Pipeline:
+    """The passes that the backend runs on every graph and on every body in it."""
+    return Pipeline((GroupByInput(),))
