@@ -70,6 +70,8 @@ def usage(launch: Launch, capability: int) -> Usage:
         value, path = launch.values[parameter.name], (parameter.num,)
         if parameter.is_constexpr:
             signature[parameter.name], constants[path] = "constexpr", value
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = _type(value, path, {}, {}) if value != 1 else "i32"
         else:
             signature[parameter.name] = _type(value, path, constants, attributes)
     source = ASTSource(launch.kernel, signature, constants, attributes)
