@@ -14,6 +14,7 @@ from lrcompile.building import Built, build, make_base_nf4
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
+from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.residuals import refuse_unfoldable, settle
@@ -89,7 +90,7 @@ def detach(
     """Undo `attach`, whatever part of it was done; `active` and `training` are in force afterwards."""
     state.trained.drop(model, name)
     for site in hit:
-        host = model.get_submodule(site.host)
+        host = submodule(model, site.host)
         slots: Any = host._modules.get(sites.ADAPTERS)
         if slots is None or site.slot not in slots:
             continue
@@ -105,7 +106,7 @@ def detach(
     left = [site.host for site in all_sites(state)]
     needed = {ancestor for host in left for ancestor in _ancestors(host)}
     for swapped in [each for each in state.swapped if each not in needed]:
-        restore(model.get_submodule(swapped), state.swapped.pop(swapped))
+        restore(submodule(model, swapped), state.swapped.pop(swapped))
     rewrite_graphs(model, hit)
     auxiliary.hook(model, state)
     if state.specs:
@@ -167,7 +168,7 @@ def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:
 def _place(model: nn.Module, state: State, name: str, built: Built, quantize_base: bool) -> None:
     for adapter, start in built:
         site = start.site
-        host = model.get_submodule(site.host)
+        host = submodule(model, site.host)
         if sites.ADAPTERS not in host._modules:
             host.add_module(sites.ADAPTERS, AdapterSlots())
         slots: Any = host._modules[sites.ADAPTERS]
@@ -179,7 +180,7 @@ def _place(model: nn.Module, state: State, name: str, built: Built, quantize_bas
         if mixin is not None:
             _swap(model, state, site.host, mixin)
         for ancestor in _ancestors(site.host):
-            if bypass := mixin_for(model.get_submodule(ancestor)):
+            if bypass := mixin_for(submodule(model, ancestor)):
                 _swap(model, state, ancestor, bypass)
         if quantize_base:
             adapter.placed(host)
@@ -187,7 +188,7 @@ def _place(model: nn.Module, state: State, name: str, built: Built, quantize_bas
 
 def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
     if name not in state.swapped:
-        swap(model.get_submodule(name), mixin)
+        swap(submodule(model, name), mixin)
         state.swapped[name] = mixin
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lrcompile import sites
+from lrcompile.names import submodule
 from lrcompile.nf4.modules import layout_of, nf4_weight, replace_codes
 from lrcompile.progress import shown
 from lrcompile.quantizing import is_nf4, quantize
@@ -59,9 +60,9 @@ def build(model: nn.Module, spec: Spec, hit: Sequence[Site], measured: Mapping[s
 
 def _storage(model: nn.Module, spec: Spec, site: Site) -> tuple[torch.dtype, torch.device]:
     """Dtype and device of an adapter's tensors at `site`."""
-    weight = sites.weight_of(model, site) if site.slot in model.get_submodule(site.host)._parameters else None
-    device = weight.device if weight is not None else next(model.get_submodule(site.host).buffers()).device
-    host = model.get_submodule(site.host)
+    host = submodule(model, site.host)
+    weight = host._parameters.get(site.slot)
+    device = weight.device if weight is not None else next(host.buffers()).device
     own = weight.dtype if weight is not None else layout_of(host).dtype if is_nf4(host) else torch.float32
     wide = torch.promote_types(own, torch.float32)
     return getattr(torch, spec.dtype) if spec.dtype else wide, device
@@ -69,7 +70,7 @@ def _storage(model: nn.Module, spec: Spec, site: Site) -> tuple[torch.dtype, tor
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight of `site` `[..., out, in]` in float32 (float64 for a float64 base), dequantized if need be."""
-    host = model.get_submodule(site.host)
+    host = submodule(model, site.host)
     if is_nf4(host):
         return nf4_weight(host, torch.promote_types(layout_of(host).dtype, torch.float32))
     held = base_below(model, site.parameter)
@@ -82,7 +83,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 def make_base_nf4(model: nn.Module, spec: Spec, built: Built) -> None:
     hit = [start.site for _, start in built]
-    plain = [site.name for site in hit if not is_nf4(model.get_submodule(site.host))]
+    plain = [site.name for site in hit if not is_nf4(submodule(model, site.host))]
     if plain:
         quantize(
             model,
@@ -95,7 +96,7 @@ def make_base_nf4(model: nn.Module, spec: Spec, built: Built) -> None:
         )
     for _, start in built:
         if start.codes is not None:
-            replace_codes(model.get_submodule(start.site.host), start.codes)
+            replace_codes(submodule(model, start.site.host), start.codes)
 
 
 def stores_otherwise(spec: Spec) -> bool:

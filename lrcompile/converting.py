@@ -12,6 +12,7 @@ from lrcompile.building import base_weight
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.factoring import Pair, compressed, contributing, factored
 from lrcompile.folding import bias_of
+from lrcompile.names import submodule
 from lrcompile.plain_specs import plain_spec
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
@@ -142,7 +143,7 @@ def _check(model: nn.Module, state: State, name: str, rank: int | None) -> None:
 
 
 def _changes_bias(model: nn.Module, site: Site, adapter: Adapter) -> bool:
-    bias = bias_of(model.get_submodule(site.host), site)
+    bias = bias_of(submodule(model, site.host), site)
     if type(adapter).bias_change is Adapter.bias_change:
         return False  # and no weight need be dequantized to find out
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrcompile.errors import MergeError
 from lrcompile.held import Held, put
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4, quantize_nf4
+from lrcompile.names import submodule
 from lrcompile.nf4.modules import Layout, codes_of, is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.recipes.forms.adapter import Adapter
@@ -37,7 +38,7 @@ def fold(
     `owners`: every name each parameter goes by; one that others hold too gets a parameter of its own here. Raises
     `MergeError` for an update that is not finite; nothing has changed then.
     """
-    host = model.get_submodule(site.host)
+    host = submodule(model, site.host)
     before, new = _folded_nf4(host, into) if is_nf4(host) else (getattr(host, site.slot), None)
     assert before is not None
     dtype = before.dtype if new is None else new.dtype

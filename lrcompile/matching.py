@@ -9,13 +9,14 @@ from torch import nn
 
 from lrcompile import sites, targeting
 from lrcompile.errors import SpecError, TargetError
+from lrcompile.names import endings, meant, submodule, within
 from lrcompile.nf4.modules import is_nf4
 from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
-from lrcompile.training_in_full import inside, trained_in_full
+from lrcompile.training_in_full import trained_in_full
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def match(
     Raises `TargetError` for an entry that hits nothing and for a named site that cannot be adapted, `SpecError` for a
     rank above min(in, out) that no `rank_pattern` asks for (unless `allow_high_rank`).
     """
-    found = [_considered(model, spec, site, site.name in known_codes) for site in sites.find(model)]
+    found = _considered(model, spec, sites.find(model), known_codes)
     if recipe(spec.method).writes_base:
         found = _refuse_shared(model, spec, found)
     if spec.targets == targeting.ALL_LINEAR:
@@ -50,7 +51,8 @@ def match(
     trained = trained_in_full(model, spec, hit)
     form = recipe(spec.method).form
     if form is None:
-        trained = tuple(name for name in trained if not inside(name.rpartition(".")[0], spec.exclude))
+        excluded = within(spec.exclude, {name.rpartition(".")[0] for name in trained})
+        trained = tuple(name for name in trained if name.rpartition(".")[0] not in excluded)
         if not trained:
             raise TargetError(f"{spec.method} finds nothing to train in this {type(model).__name__}", field="bias")
         return Matched((), tuple(spared), trained, ())
@@ -60,7 +62,8 @@ def match(
     targeting.require_patterns(names, spec.alpha_pattern, "alpha_pattern")
     if not allow_high_rank and not recipe(spec.method).any_rank:
         _check_ranks(spec, hit)
-    if both := [site.name for site in hit if site.parameter in trained]:
+    in_full = frozenset(trained)
+    if both := [site.name for site in hit if site.parameter in in_full]:
         raise TargetError(
             f"{both[0]!r} is both a target and trained in full (train_modules); choose one: adapt it, or train it",
             field="train_modules",
@@ -68,17 +71,19 @@ def match(
     return Matched(tuple(hit), tuple(spared), trained, tuple(_tie_notes(model, hit)))
 
 
-def _considered(model: nn.Module, spec: Spec, site: Site, known_codes: bool) -> Site:
-    """The site, refused where the method's form, what it measures or its demands on the base do not go with it."""
-    method = recipe(spec.method)
-    reason = site.refusal or (part(method.form).refusal(site) if method.form is not None else None)
-    if reason is None and method.calibration is not None:
-        reason = part(method.calibration).refusal(site)
-    if reason is None and method.quantizes_base and site.kind not in ("linear", "conv1d"):
-        reason = f"{method.name} holds weights of nn.Linear and Conv1D in 4 bits, no others"
-    if reason is None and method.nf4 is not None and not known_codes and is_nf4(model.get_submodule(site.host)):
-        reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
-    return site if reason == site.refusal else replace(site, refusal=reason)
+def _considered(model: nn.Module, spec: Spec, found: Sequence[Site], known_codes: frozenset[str]) -> list[Site]:
+    """The sites, refused where the method's form, what it measures or its demands on the base do not go with them."""
+    method, out = recipe(spec.method), []
+    demanding = [part(path) for path in (method.form, method.calibration) if path is not None]
+    for site in found:
+        reason = site.refusal or next((why for each in demanding if (why := each.refusal(site))), None)
+        if reason is None and method.quantizes_base and site.kind not in ("linear", "conv1d"):
+            reason = f"{method.name} holds weights of nn.Linear and Conv1D in 4 bits, no others"
+        codes = method.nf4 is not None and site.name not in known_codes and is_nf4(submodule(model, site.host))
+        if reason is None and codes:
+            reason = f"its weight is NF4 codes, and {method.name} {method.nf4}"
+        out.append(site if reason == site.refusal else replace(site, refusal=reason))
+    return out
 
 
 def _refuse_shared(model: nn.Module, spec: Spec, found: Sequence[Site]) -> list[Site]:
@@ -86,7 +91,7 @@ def _refuse_shared(model: nn.Module, spec: Spec, found: Sequence[Site]) -> list[
     out = []
     owners = owners_of_parameters(model)
     for site in found:
-        weight = model.get_submodule(site.host)._parameters.get(site.slot)
+        weight = submodule(model, site.host)._parameters.get(site.slot)
         others = [name for name in owners.get(id(weight), ()) if name != site.parameter]
         reason = f"{spec.method} writes its weight, which is one with {', '.join(others)} and would change there too"
         out.append(replace(site, refusal=reason) if others and site.refusal is None else site)
@@ -95,11 +100,14 @@ def _refuse_shared(model: nn.Module, spec: Spec, found: Sequence[Site]) -> list[
 
 def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Site], list[tuple[Site, str]]]:
     heads = targeting.output_heads(model)
+    names = [name for site in found for name in site.names]
     if spec.exclude:
-        targeting.require_hits([name for site in found for name in site.names], spec.exclude, "exclude")
+        targeting.require_hits(names, spec.exclude, "exclude")
+    excluded = meant(spec.exclude, names)
+    in_full = within(spec.train_modules, [site.host for site in found])
     hit, spared = [], []
     for site in found:
-        reason = _why_spared(model, spec, site, heads)
+        reason = _why_spared(model, spec, site, heads, excluded, in_full)
         if reason is None:
             hit.append(site)
         else:
@@ -107,12 +115,14 @@ def _all_linear(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[li
     return hit, spared
 
 
-def _why_spared(model: nn.Module, spec: Spec, site: Site, heads: dict[str, str]) -> str | None:
-    if any(targeting.hits(spec.exclude, name) for name in site.names):
+def _why_spared(
+    model: nn.Module, spec: Spec, site: Site, heads: dict[str, str], excluded: set[str], in_full: set[str]
+) -> str | None:
+    if not excluded.isdisjoint(site.names):
         return "excluded"
     if not any(targeting.in_layers(name, spec.layers) for name in site.names):
         return "not in the chosen layers"
-    if inside(site.host, spec.train_modules):
+    if site.host in in_full:
         return "trained in full (train_modules)"
     if site.form == "lookup":
         return "embedding"
@@ -129,11 +139,12 @@ def _named(model: nn.Module, spec: Spec, found: Sequence[Site]) -> tuple[list[Si
     targeting.require_hits(names, spec.targets, "targets")
     if spec.exclude:
         targeting.require_hits(names, spec.exclude, "exclude")
+    targeted, excluded = meant(spec.targets, names), meant(spec.exclude, names)
     hit, spared = [], []
     for site in found:
-        if not any(targeting.hits(spec.targets, name) for name in site.names):
+        if targeted.isdisjoint(site.names):
             spared.append((site, "not targeted"))
-        elif any(targeting.hits(spec.exclude, name) for name in site.names):
+        elif not excluded.isdisjoint(site.names):
             spared.append((site, "excluded"))
         elif not any(targeting.in_layers(name, spec.layers) for name in site.names):
             spared.append((site, "not in the chosen layers"))
@@ -152,11 +163,12 @@ def _explain_other_modules(model: nn.Module, spec: Spec, names: Sequence[str]) -
     """An entry that names a module which is no site deserves better than "no such name"."""
     if isinstance(spec.targets, str):
         return
+    there = {ending for name in names for ending in endings(name)}
     for entry in spec.targets:
-        if any(targeting.hits((entry,), name) for name in names):
+        if entry in there:
             continue
         for name, module in model.named_modules():
-            if name and targeting.hits((entry,), name):
+            if name and meant((entry,), (name,)):
                 raise TargetError(
                     f"targets: {entry!r} names {name!r}, a {type(module).__name__}, which holds no weight that is"
                     " one linear map;"
@@ -168,8 +180,7 @@ def _explain_other_modules(model: nn.Module, spec: Spec, names: Sequence[str]) -
 def _check_ranks(spec: Spec, hit: Sequence[Site]) -> None:
     for site in hit:
         largest = min(site.in_features, site.out_features)
-        asked_for = any(targeting.pattern_hits(key, site.name) for key in spec.rank_pattern)
-        if spec.rank > largest and not asked_for:
+        if spec.rank > largest and not spec.rank_keys.hitting(site.name):
             raise SpecError(
                 f"rank={spec.rank} is above {largest}, the most a {site.out_features}×{site.in_features} map can"
                 f" have, at {site.name!r};"
@@ -184,7 +195,7 @@ def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
     for site in hit:
         others = [
             name
-            for name in owners.get(id(model.get_submodule(site.host)._parameters.get(site.slot)), ())
+            for name in owners.get(id(submodule(model, site.host)._parameters.get(site.slot)), ())
             if name != site.parameter
         ]
         if others:

@@ -13,6 +13,7 @@ from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
 from lrcompile.folding import FoldedSite, fold
 from lrcompile.held import take_back
+from lrcompile.names import submodule
 from lrcompile.nf4.modules import is_nf4, layout_of
 from lrcompile.owners import owners_of_parameters
 from lrcompile.quantizing import base_of
@@ -152,7 +153,7 @@ def _names(state: State, name: str | None) -> tuple[str, ...]:
 
 
 def _check_into(model: nn.Module, chosen: Sequence[Site], into: str) -> None:
-    hosts = {site.name: model.get_submodule(site.host) for site in chosen}
+    hosts = {site.name: submodule(model, site.host) for site in chosen}
     quantized = {name: host for name, host in hosts.items() if is_nf4(host)}
     if not quantized:
         if into != "keep":
@@ -197,7 +198,7 @@ def _restore(model: nn.Module, state: State) -> None:
         fold = state.folds.get(site.name)
         if fold is None:
             continue
-        host = model.get_submodule(site.host)
+        host = submodule(model, site.host)
         take_back(host, site.slot, fold)
         if fold.bias is not None:
             take_back(host, "bias", fold.bias)

@@ -22,6 +22,7 @@ from torch import nn
 
 from lrcompile.costing import Cost, cost
 from lrcompile.matching import match
+from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
@@ -141,7 +142,7 @@ def _costs(model: nn.Module, spec: Spec, hit: Iterable[Site], tokens: int, exper
     known: dict[Hashable, Cost] = {}
     found = []
     for site in hit:
-        weight = model.get_submodule(site.host)._parameters.get(site.slot)
+        weight = submodule(model, site.host)._parameters.get(site.slot)
         dtype = weight.dtype if weight is not None else torch.float32
         rows = round(tokens * _used(site, expert_share))
         form = part(str(recipe(spec.method).form)).at(spec, site)

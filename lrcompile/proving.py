@@ -16,6 +16,7 @@ from lrcompile.errors import AdapterError, TargetError
 from lrcompile.folding import bias_of, changes
 from lrcompile.held import Fold, Held, put, take_back
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
+from lrcompile.names import submodule
 from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
@@ -44,7 +45,7 @@ def prove(model: nn.Module, name: str, example_inputs: Any) -> None:
         if not state.sites[name]:
             return  # nothing but parameters of the base, which have no other place to act
         if state.sites[name][0].graph is None and any(
-            "weight_codes" in model.get_submodule(s.host)._buffers for s in state.sites[name]
+            "weight_codes" in submodule(model, s.host)._buffers for s in state.sites[name]
         ):
             return  # an NF4 weight cannot be folded without saying into what
         if bad := _bypassed(model, name, example_inputs):
@@ -100,7 +101,7 @@ def _agree(model: nn.Module, name: str, chosen: tuple[Site, ...], plain: list[Te
         rewrite_graphs(model, chosen)
         off = _run(model, example_inputs)
         for site, adapters in zip(chosen, sets, strict=True):
-            folded += _folded(model.get_submodule(site.host), site, adapters[name], owners)
+            folded += _folded(submodule(model, site.host), site, adapters[name], owners)
         merged = _run(model, example_inputs)
     finally:
         for host, slot, fold in folded:

@@ -10,10 +10,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import SpecError
+from lrcompile.names import Patterns, is_name
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import REQUIRED
 
@@ -119,10 +121,18 @@ class Spec:
         raise AttributeError(f"a {self.__dict__.get('method', '?')!r} spec has no field {name!r}")
 
     def rank_of(self, site: str) -> int:
-        return next((rank for key, rank in self.rank_pattern.items() if pattern_hits(key, site)), self.rank)
+        return next((self.rank_pattern[key] for key in self.rank_keys.hitting(site)), self.rank)
 
     def alpha_of(self, site: str) -> float:
-        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_hits(key, site)), self.alpha)
+        return next((self.alpha_pattern[key] for key in self.alpha_keys.hitting(site)), self.alpha)
+
+    @cached_property
+    def rank_keys(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def alpha_keys(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
 
     def scale_of(self, site: str) -> float:
         """s at this site; `SpecError` where float32, in which adapters keep it, has no such number."""
@@ -207,11 +217,6 @@ def spec(method: str, **fields: Any) -> Spec:
     return Spec.from_dict({"method": method, **fields})
 
 
-def pattern_hits(pattern: str, name: str) -> bool:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the key, as a regular expression, ends the name at a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
@@ -264,7 +269,8 @@ def _mapping(name: str, value: Any) -> list[tuple[str, Any]]:
         raise SpecError(f"{name} must map names to numbers, got {value!r}", field=name)
     for key in value:
         try:
-            re.compile(key)
+            if not is_name(key):
+                re.compile(key)
         except re.error as error:
             raise SpecError(f"{name} key {key!r} is not a regular expression: {error}", field=name) from error
     return list(value.items())

@@ -15,6 +15,7 @@ from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
 from lrcompile.held import Fold
 from lrcompile.hosting import Host
+from lrcompile.names import submodule
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -87,7 +88,8 @@ def set_state(model: nn.Module, state: State | None) -> None:
 
 
 def adapter_set(model: nn.Module, site: Site) -> AdapterSet:
-    return getattr(model.get_submodule(site.host), ADAPTERS)[site.slot]
+    slots: Any = submodule(model, site.host)._modules[ADAPTERS]
+    return slots[site.slot]
 
 
 def all_sites(state: State) -> list[Site]:

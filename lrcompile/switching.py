@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
+from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.residuals import refuse_beside_residuals, settle
 from lrcompile.sites.graph_rule import insert_adapters
@@ -80,7 +81,7 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
     state.suspended += 1
     try:
         for site, fold in folded:
-            host = model.get_submodule(site.host)
+            host = submodule(model, site.host)
             merged.append((host, site.slot, exchange(host, site.slot, fold.base)))
             if fold.bias is not None:
                 merged.append((host, "bias", exchange(host, "bias", fold.bias.base)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from lrcompile.errors import TargetError
-from lrcompile.specs import pattern_hits
+from lrcompile.names import Patterns, endings, meant, submodule
 
 ALL_LINEAR = "all-linear"
 
@@ -22,41 +22,33 @@ def select(
     A list matches whole names or suffixes at a dot, a string is a regular expression for whole names. Raises
     `TargetError` naming every entry that hits nothing, with the nearest names there are.
     """
-    kept = [name for name in names if hits(targets, name)]
-    dropped = {name for name in names if hits(exclude, name)}
     require_hits(names, targets, field)
     require_hits(names, exclude, "exclude")
-    return [name for name in kept if name not in dropped]
-
-
-def hits(entries: str | Sequence[str], name: str) -> bool:
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    kept = meant(targets, names) - meant(exclude, names)
+    return [name for name in names if name in kept]
 
 
 def require_hits(names: Iterable[str], entries: str | Sequence[str], field: str) -> None:
     """Raise `TargetError` unless every entry hits one of `names`."""
     names = list(names)
     if isinstance(entries, str):
-        if not any(hits(entries, name) for name in names):
+        if not meant(entries, names):
             raise TargetError(
                 f"{field}={entries!r} as a regular expression matches no whole name among: {_sample(names)}",
                 field=field,
             )
         return
-    missed = [entry for entry in entries if not any(hits((entry,), name) for name in names)]
-    if missed:
+    there = {ending for name in names for ending in endings(name)}
+    if missed := [entry for entry in entries if entry not in there]:
         tails = sorted({name.rpartition(".")[2] for name in names} | set(names))
         hints = [f"{entry!r}{_near(entry, tails)}" for entry in missed]
         raise TargetError(f"{field}: no name ends in {', '.join(hints)}. There are: {_sample(names)}", field=field)
 
 
-def require_patterns(names: Iterable[str], patterns: Mapping[str, object], field: str) -> None:
+def require_patterns(names: Iterable[str], patterns: Iterable[str], field: str) -> None:
     """Raise `TargetError` unless every key of a rank or alpha pattern hits one of the adapted names."""
     names = list(names)
-    missed = [key for key in patterns if not any(pattern_hits(key, name) for name in names)]
-    if missed:
+    if missed := Patterns(patterns).idle(names):
         raise TargetError(
             f"{field}: {', '.join(map(repr, missed))} hits none of the adapted sites: {_sample(names)}", field=field
         )
@@ -104,10 +96,10 @@ def is_router(model: nn.Module, host: str) -> bool:
     """A mixture's router: named gate or router beside (or over) a child called experts, or of a class called so."""
     parent, _, own = host.rpartition(".")
     if own in ("gate", "router", "wg") and any(
-        "experts" in name for name, _ in model.get_submodule(parent).named_children()
+        "experts" in name for name, _ in submodule(model, parent).named_children()
     ):
         return True
-    return type(model.get_submodule(host)).__name__.lower().endswith(("router", "topkgate"))
+    return type(submodule(model, host)).__name__.lower().endswith(("router", "topkgate"))
 
 
 def _near(entry: str, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lrcompile import sites, targeting
 from lrcompile.errors import TargetError
+from lrcompile.names import within
 from lrcompile.owners import owners_of_parameters
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -22,7 +23,7 @@ def trained_in_full(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[
     if spec.train_modules:
         targeting.require_hits(modules, spec.train_modules, "train_modules")
     parameters = [name for name, _ in model.named_parameters() if sites.ADAPTERS not in name.split(".")]
-    chosen = {name for name in parameters if inside(name, spec.train_modules)}
+    chosen = within(spec.train_modules, parameters)
     _refuse_tied(model, spec)
     if spec.train_modules and not chosen:
         raise TargetError(f"train_modules={list(spec.train_modules)} hold no parameters", field="train_modules")
@@ -37,18 +38,13 @@ def trained_in_full(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[
 
 def _refuse_tied(model: nn.Module, spec: Spec) -> None:
     """A parameter in a fully trained module that another module holds too would change that one behind its back."""
-    for names in owners_of_parameters(model).values() if spec.train_modules else ():
-        within = [name for name in names if inside(name, spec.train_modules)]
-        outside = [name for name in names if name not in within]
-        if within and outside:
+    owners = owners_of_parameters(model).values() if spec.train_modules else ()
+    chosen = within(spec.train_modules, [name for names in owners for name in names])
+    for names in owners:
+        inside, outside = [n for n in names if n in chosen], [n for n in names if n not in chosen]
+        if inside and outside:
             raise TargetError(
-                f"train_modules: {within[0]} is one parameter with {outside[0]}, which would change with it; untie them"
+                f"train_modules: {inside[0]} is one parameter with {outside[0]}, which would change with it; untie them"
                 " first (config.tie_word_embeddings=False and a parameter of its own), or train both",
                 field="train_modules",
             )
-
-
-def inside(name: str, modules: Sequence[str]) -> bool:
-    """Is `name` one of these modules (by suffix), or within one?"""
-    parts = name.split(".")
-    return any(targeting.hits(modules, ".".join(parts[:end])) for end in range(1, len(parts) + 1)) if modules else False

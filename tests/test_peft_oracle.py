@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile.interop.peft_fitting import by_parameter
-from lrcompile.interop.peft_keys import base_key, base_name, pack, places
+from lrcompile.interop.peft_keys import base_key, base_name, pack, places, slots_by_host
 from lrcompile.state import adapter_set, state_of
 from lrcompile.verifying.strictjson import read_object
 
@@ -205,7 +205,7 @@ def our_gradients(model: nn.Module, folder: Path) -> dict[str, Tensor | None]:
         packed = pack(model, place, {"A": adapter.A.grad, "B": adapter.B.grad})
         found |= {key: packed[tensor] for tensor, key in place.keys.items()}
     for parameter in state.trained.names_of("default"):
-        found[base_key(units, parameter)] = model.get_parameter(parameter).grad
+        found[base_key(slots_by_host(units), parameter)] = model.get_parameter(parameter).grad
     return found
 
 

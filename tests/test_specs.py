@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import lrcompile
 from lrcompile.errors import SpecError
-from lrcompile.specs import COMMON, Spec, pattern_hits, spec
+from lrcompile.names import Patterns
+from lrcompile.specs import COMMON, Spec, spec
 
 WRONG: list[tuple[str, object]] = [
     ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", "8"), ("rank", None),
@@ -174,7 +175,7 @@ def test_a_scale_float32_cannot_hold_is_refused(alpha):
     ],
 )
 def test_a_pattern_ends_the_name_at_a_dot_as_in_peft(pattern, name, expected):
-    assert pattern_hits(pattern, name) is expected
+    assert Patterns([pattern]).hitting(name) == [pattern] * expected
 
 
 def test_describing_a_method_does_not_import_torch():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.int8.modules import is_int8
+from lrcompile.names import submodule
 from lrcompile.nf4.modules import codes_of, is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import State
@@ -71,7 +72,7 @@ def differences(
 
 def _base(model: nn.Module, state: State | None, site: Site) -> tuple[str, list[Tensor]]:
     """The dtype and the tensors of the weight without what merging or training in full put in its place."""
-    host = model.get_submodule(site.host)
+    host = submodule(model, site.host)
     if state is not None and site.name in state.folds:
         held = state.folds[site.name].base
         if held.data is None:

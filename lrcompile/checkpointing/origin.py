@@ -10,6 +10,7 @@ from lrcompile.checkpointing.base_print import differences, print_of
 from lrcompile.checkpointing.files import Checkpoint
 from lrcompile.errors import AdapterError
 from lrcompile.matching import Matched, match
+from lrcompile.names import submodule
 from lrcompile.nf4.modules import is_nf4
 from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
@@ -60,7 +61,7 @@ def _refuse_float_for_chosen_codes(
     method = recipe(spec.method)
     if not (method.quantizes_base and method.nf4 is not None):
         return
-    plain = [s.name for s in matched.hit if s.name in codes and not is_nf4(model.get_submodule(s.host))]
+    plain = [s.name for s in matched.hit if s.name in codes and not is_nf4(submodule(model, s.host))]
     if plain:
         raise AdapterError(
             f"the adapter in {checkpoint.folder} belongs to NF4 codes that {method.name} chose together with it, and"

@@ -14,7 +14,7 @@ from lrcompile.checkpointing.plans import Plan, base_tensors, blanks, dtype_note
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.interop.peft_config import form_of, spec_to_peft, type_of
 from lrcompile.interop.peft_fitting import by_parameter, fitted
-from lrcompile.interop.peft_keys import base_key, base_name, pack, places
+from lrcompile.interop.peft_keys import base_key, base_name, pack, places, slots_by_host
 from lrcompile.interop.peft_matching import Unit, as_parameter, targets_for
 from lrcompile.interop.peft_types import PeftType
 from lrcompile.recipes import recipe
@@ -52,8 +52,9 @@ def content(model: nn.Module, state: State, name: str) -> Content:
     for place in places(model, adapted, kind, form_of(spec), config):
         packed = pack(model, place, _detached(adapter_set(model, place.unit.site)[name]))
         tensors |= {key: packed[tensor] for tensor, key in place.keys.items()}
+    wrapped = slots_by_host(adapted)
     for parameter in state.trained.names_of(name):
-        tensors[base_key(adapted, parameter)] = state.trained.value(model, name, parameter).detach()
+        tensors[base_key(wrapped, parameter)] = state.trained.value(model, name, parameter).detach()
     return Content(config, tensors)
 
 
@@ -66,15 +67,17 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
         matched, compared = matched_to_origin(model, state, spec, checkpoint)
         notes += compared
         adapted = by_parameter(checkpoint.config, matched.hit)
-        trained = {base_key(adapted, each): each for each in matched.trained}
+        wrapped = slots_by_host(adapted)
+        trained = {base_key(wrapped, each): each for each in matched.trained}
     else:
         try:
             spec, adapted, matched = fitted(model, checkpoint.config)
         except AdapterError as error:
             raise as_adapter_error(error, checkpoint.folder) from error
         kind, tensors = _checked_type(spec, checkpoint)
+        wrapped = slots_by_host(adapted)
         # PEFT trains biases called just "bias"
-        trained = {base_key(adapted, each): each for each in matched.trained}
+        trained = {base_key(wrapped, each): each for each in matched.trained}
         trained = {key: each for key, each in trained.items() if key in keys or not _only_ours(each)}
         spec = _with_dtype(spec, [entries[key].dtype for key in keys - set(trained)])
         notes += _attention_note(adapted)

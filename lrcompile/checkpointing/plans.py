@@ -15,6 +15,7 @@ from lrcompile.errors import AdapterError
 from lrcompile.interop.peft_config import MAX_RANK
 from lrcompile.interop.peft_keys import Place, pack, unpack
 from lrcompile.matching import Matched
+from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.recipes.recipe import part
@@ -137,7 +138,7 @@ def _expected(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> dict[str,
 def values_at(model: nn.Module, spec: Spec, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a site's adapter, on the device of the base."""
     site = place.unit.site
-    host = model.get_submodule(site.host)
+    host = submodule(model, site.host)
     device = next(
         (t.device for t in [*host.parameters(recurse=False), *host.buffers(recurse=False)]), torch.device("cpu")
     )

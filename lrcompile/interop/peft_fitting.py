@@ -16,13 +16,13 @@ from lrcompile.interop.peft_matching import (
     feeds_forward,
     module_names,
     patterns_for,
-    rank_and_alpha,
+    ranks_and_alphas,
     saved_modules,
     units,
 )
 from lrcompile.matching import Matched, match
+from lrcompile.names import endings, meant
 from lrcompile.specs import Spec
-from lrcompile.targeting import hits
 
 
 def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit], Matched]:
@@ -42,7 +42,7 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
     names = [unit.site.name for unit in adapted]
     fields["train_modules"] = _train_modules(model, fields["train_modules"])
     if "rank_pattern" in fields:
-        numbers = {unit.site.name: rank_and_alpha(data, unit) for unit in adapted}
+        numbers = ranks_and_alphas(data, adapted)
         ranks = {name: rank for name, (rank, _) in numbers.items()}
         alphas = {name: alpha for name, (_, alpha) in numbers.items()}
         fields["rank_pattern"] = patterns_for(fields["rank_pattern"], fields["rank"], ranks)
@@ -65,8 +65,9 @@ def fitted(model: nn.Module, config: Mapping[str, Any]) -> tuple[Spec, list[Unit
 def by_parameter(config: Mapping[str, Any], hit: Sequence[sites.Site]) -> list[Unit]:
     """Units of sites known already: the config says only which PEFT reaches by `target_parameters`."""
     parameters = names_in(config, "target_parameters")
-    chosen = {site.name for site in hit if hits(parameters, site.parameter)}
-    return [Unit(site, site.name in chosen, site.parameter if site.name in chosen else site.host) for site in hit]
+    chosen = meant(parameters, [site.parameter for site in hit])
+    raw = [(site, site.parameter in chosen) for site in hit]
+    return [Unit(site, chosen, site.parameter if chosen else site.host) for site, chosen in raw]
 
 
 def _matched(
@@ -92,6 +93,6 @@ def _own_targets(data: Mapping[str, Any]) -> dict[str, Any]:
 def _train_modules(model: nn.Module, entries: Sequence[str]) -> tuple[str, ...]:
     """`modules_to_save` without names that hit nothing here, spelled out where PEFT's rule hits more than ours."""
     theirs = saved_modules(model, entries)
-    kept = tuple(entry for entry in entries if any(hits((entry,), name) for name in theirs))
-    ours = [name for name in module_names(model) if hits(kept, name)]
-    return kept if ours == theirs else tuple(theirs)
+    there = {ending for name in theirs for ending in endings(name)}
+    kept = tuple(entry for entry in entries if entry in there)
+    return kept if meant(kept, module_names(model)) == set(theirs) else tuple(theirs)

@@ -11,8 +11,7 @@ DoRA's magnitudes lie beside the pair, under a name without ".weight"; of AdaLoR
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from lrcompile.errors import SpecError
 from lrcompile.interop.peft_matching import Unit, feeds_forward
 from lrcompile.interop.peft_types import LORA, PeftType
+from lrcompile.names import beginnings, submodule
 
 PREFIX = "base_model.model"
 
@@ -44,17 +44,17 @@ class Place:
 
 def places(
     model: nn.Module,
-    adapted: Sequence[Unit],
+    adapted: Iterable[Unit],
     kind: PeftType = LORA,
     tensors: Iterable[str] = ("A", "B"),
     config: Mapping[str, Any] | None = None,
 ) -> list[Place]:
     """The names under which PEFT stores these tensors of `adapted`, as `config` says where it does."""
-    wrappers, tensors, config = _wrappers(adapted), tuple(tensors), config or {}
-    out = []
+    adapted, tensors, config = list(adapted), tuple(tensors), config or {}
+    wrapped, out = slots_by_host(adapted), []
     for unit in adapted:
-        path = _path(unit.site.host, wrappers)
-        prefix = ".".join(path[: len(path) - _depth(model, adapted, unit)])
+        path = _path(unit.site.host, wrapped)
+        prefix = ".".join(path[: len(path) - _depth(model, wrapped, unit)])
         local = _LOOKUP if unit.site.form == "lookup" and not unit.by_parameter else kind.keys
         keys = {tensor: kind.shared.get(tensor) or f"{prefix}.{local[tensor]}" for tensor in tensors}
         shapes = {"gain": (1, -1) if feeds_forward(config, unit) else (-1, 1)} if "gain" in tensors else {}
@@ -76,10 +76,10 @@ def _kept(config: Mapping[str, Any], unit: Unit) -> tuple[int, ...] | None:
     return tuple(index for index, each in enumerate(mask) if each)
 
 
-def base_key(adapted: Sequence[Unit], name: str) -> str:
-    """The name under which PEFT stores a parameter of the base that is trained in full."""
+def base_key(wrapped: Mapping[str, list[str]], name: str) -> str:
+    """The name under which PEFT stores a parameter of the base that is trained in full, beside these adapted slots."""
     owner, _, local = name.rpartition(".")
-    return ".".join([*_path(owner, _wrappers(adapted)), local])
+    return ".".join([*_path(owner, wrapped), local])
 
 
 def base_name(key: str) -> str:
@@ -126,25 +126,27 @@ def _index(kept: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _swapped(model: nn.Module, unit: Unit) -> bool:
     """PEFT takes a raw matrix for `[out, in]`, a stack for what the module's `is_transposed` says; we know its use."""
-    theirs = unit.site.copies is not None and bool(getattr(model.get_submodule(unit.site.host), "is_transposed", False))
+    theirs = unit.site.copies is not None and bool(getattr(submodule(model, unit.site.host), "is_transposed", False))
     return unit.site.transposed != theirs
 
 
-def _wrappers(adapted: Iterable[Unit]) -> Counter[str]:
-    return Counter(unit.site.host for unit in adapted)
+def slots_by_host(adapted: Iterable[Unit]) -> dict[str, list[str]]:
+    """The adapted slots of each host: it has one wrapper for each."""
+    found: dict[str, list[str]] = {}
+    for unit in adapted:
+        found.setdefault(unit.site.host, []).append(unit.site.slot)
+    return found
 
 
-def _depth(model: nn.Module, adapted: Sequence[Unit], unit: Unit) -> int:
+def _depth(model: nn.Module, wrapped: Mapping[str, list[str]], unit: Unit) -> int:
     """How many `base_layer` at the end of the host's path lie below this unit's own wrapper."""
-    order = list(model.get_submodule(unit.site.host)._parameters)
-    same = [other.site.slot for other in adapted if other.site.host == unit.site.host]
-    same.sort(key=lambda slot: order.index(slot) if slot in order else -1)
+    order = list(submodule(model, unit.site.host)._parameters)
+    same = sorted(wrapped[unit.site.host], key=lambda slot: order.index(slot) if slot in order else -1)
     return same.index(unit.site.slot) + 1
 
 
-def _path(module: str, wrappers: Counter[str]) -> list[str]:
-    parts, name = [PREFIX, *["base_layer"] * wrappers[""]], ""
-    for part in module.split(".") if module else ():
-        name = f"{name}.{part}" if name else part
-        parts += [part, *["base_layer"] * wrappers[name]]
+def _path(module: str, wrapped: Mapping[str, list[str]]) -> list[str]:
+    parts = [PREFIX, *["base_layer" for _ in wrapped.get("", ())]]
+    for name in beginnings(module) if module else ():
+        parts += [name.rpartition(".")[2], *["base_layer" for _ in wrapped.get(name, ())]]
     return parts

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from lrcompile.interop.peft_config import layers_in, names_in
+from lrcompile.names import Patterns, beginnings, endings, is_name, meant, submodule
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.attention import PACKED
 from lrcompile.sites.site import Site
-from lrcompile.specs import Spec, pattern_hits
-from lrcompile.targeting import ALL_LINEAR, hits
+from lrcompile.specs import Spec
+from lrcompile.targeting import ALL_LINEAR
 
 _SEQUENCE_HEADS = ("score", "classifier")
 
@@ -46,43 +47,57 @@ def as_parameter(site: Site) -> bool:
 
 def units(model: nn.Module, config: Mapping[str, Any], found: Iterable[Site]) -> list[Unit]:
     """The sites among `found` that PEFT adapts under `config`."""
-    parameters = names_in(config, "target_parameters")
-    linear = _all_linear(model, config) if str(config.get("target_modules")).lower() == ALL_LINEAR else None
-    hit = lambda name: name in linear if linear is not None else module_hit(config, name)  # noqa: E731
+    found = list(found)
+    parents = {site.host: site.host.rpartition(".")[0] for site in found}
+    raw = meant(names_in(config, "target_parameters"), [site.parameter for site in found])
+    if str(config.get("target_modules")).lower() == ALL_LINEAR:
+        hit = _all_linear(model, config)
+    else:
+        hit = modules_hit(config, {*parents, *parents.values()})
     out = []
     for site in found:
-        raw = site.parameter
-        parent = site.host.rpartition(".")[0]
-        if _ends(raw, parameters):
-            out.append(Unit(site, True, raw))
+        parent = parents[site.host]
+        if site.parameter in raw:
+            out.append(Unit(site, True, site.parameter))
         elif as_parameter(site):
             continue
-        elif hit(site.host):
+        elif site.host in hit:
             out.append(Unit(site, False, site.host))
-        elif site.host and isinstance(model.get_submodule(parent), nn.MultiheadAttention) and hit(parent):
+        elif site.host and parent in hit and isinstance(submodule(model, parent), nn.MultiheadAttention):
             out.append(Unit(site, False, parent))
     return out
 
 
-def module_hit(config: Mapping[str, Any], name: str) -> bool:
-    """PEFT's rule for one module name; `layers_to_transform` counts for names matched by suffix only."""
-    excluded = config.get("exclude_modules") or ()
-    if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(name, excluded):
-        return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in names_in(config, "modules_to_save")):
-        return False
+def modules_hit(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """PEFT's rule for names of modules; `layers_to_transform` counts for names matched by suffix only."""
+    names = list(names)
+    out = meant(config.get("exclude_modules") or (), names) | _saved(names_in(config, "modules_to_save"), names)
     targets = config.get("target_modules") or ()
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    layers = layers_in(config)
-    return _ends(name, targets) and (layers is None or _layer(name, names_in(config, "layers_pattern")) in layers)
+    found = meant(targets, names) - out
+    layers = None if isinstance(targets, str) else layers_in(config)
+    if layers is None:
+        return found
+    whole, patterns = frozenset(targets), names_in(config, "layers_pattern")
+    return {name for name in found if name in whole or _layer(name, patterns) in layers}
 
 
-def rank_and_alpha(config: Mapping[str, Any], unit: Unit) -> tuple[int, float]:
-    rank = _first(config.get("rank_pattern") or {}, unit.key, config.get("r", 8))
-    return rank, _first(config.get("alpha_pattern") or {}, unit.key, config.get("lora_alpha", 8))
+def _saved(entries: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Modules that are one of `modules_to_save` or lie in one: PEFT puts each entry into a regular expression."""
+    plain = Patterns(entry for entry in entries if is_name(entry))
+    others = [re.compile(rf"(^|.*\.){entry}($|\..*)") for entry in entries if not is_name(entry)]
+    return {
+        name
+        for name in names
+        if any(plain.hitting(each) for each in beginnings(name)) or any(other.match(name) for other in others)
+    }
+
+
+def ranks_and_alphas(config: Mapping[str, Any], adapted: Iterable[Unit]) -> dict[str, tuple[int, float]]:
+    """By name of the site."""
+    names = {unit.site.name: unit.key for unit in adapted}
+    ranks = _values(config.get("rank_pattern") or {}, names.values(), config.get("r", 8))
+    alphas = _values(config.get("alpha_pattern") or {}, names.values(), config.get("lora_alpha", 8))
+    return {name: (ranks[key], alphas[key]) for name, key in names.items()}
 
 
 def feeds_forward(config: Mapping[str, Any], unit: Unit) -> bool:
@@ -93,12 +108,13 @@ def feeds_forward(config: Mapping[str, Any], unit: Unit) -> bool:
 
 def saved_modules(model: nn.Module, entries: Sequence[str]) -> list[str]:
     """Modules that `modules_to_save` means: PEFT compares ends of names, dots or not."""
-    return [name for name in module_names(model) if any(name.endswith(entry) for entry in entries)]
+    return [name for name in module_names(model) if name.endswith(tuple(entries))]
 
 
 def modules_to_save_for(model: nn.Module, entries: Sequence[str]) -> list[str]:
     """Entries by which PEFT trains what `entries` mean here: to it, "norm" would also mean a "layernorm"."""
-    ours = [name for name in module_names(model) if _ends(name, entries)]
+    hit = meant(entries, every := module_names(model))
+    ours = [name for name in every if name in hit]
     return list(entries) if saved_modules(model, entries) == ours else ours
 
 
@@ -133,7 +149,8 @@ def targets_for(model: nn.Module, spec: Spec, sites: Sequence[Site], known: Cont
     if parameters:
         # PEFT refuses dropout beside target_parameters; what was trained with stands in lrcompile.json
         settings["lora_dropout"] = 0.0
-    forward = [site.host for site in sites if any(hits(spec.options.get("feedforward", ()), n) for n in site.names)]
+    feeding = meant(spec.options.get("feedforward", ()), [name for site in sites for name in site.names])
+    forward = [site.host for site in sites if not feeding.isdisjoint(site.names)]
     settings["feedforward_modules"] = "|".join(map(re.escape, forward)) if forward else []
     return {key: value for key, value in settings.items() if key in known or key == "fan_in_fan_out"}
 
@@ -148,11 +165,8 @@ def _whole_attentions(spec: Spec, sites: Sequence[Site]) -> set[str]:
 
 def _module_settings(model: nn.Module, spec: Spec, wanted: list[str], saved: list[str]) -> dict[str, Any]:
     every = module_names(model)
-    own = (
-        spec.targets
-        if isinstance(spec.targets, str)
-        else [t for t in spec.targets if any(_ends(name, [t]) for name in every)]
-    )
+    there = {ending for name in every for ending in endings(name)}
+    own = spec.targets if isinstance(spec.targets, str) else [target for target in spec.targets if target in there]
     candidates: list[dict[str, Any]] = [
         {"target_modules": own, "exclude_modules": spec.exclude or None, "layers_to_transform": spec.layers},
         {"target_modules": sorted({name.rpartition(".")[2] for name in wanted})},
@@ -166,23 +180,22 @@ def _module_settings(model: nn.Module, spec: Spec, wanted: list[str], saved: lis
             isinstance(targets, str) and settings["layers_to_transform"]
         ):
             continue
-        if [name for name in every if module_hit(settings | {"modules_to_save": saved}, name)] == [
-            name for name in every if name in set(wanted)
-        ]:
+        if modules_hit(settings | {"modules_to_save": saved}, every) == set(wanted).intersection(every):
             return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return {"exclude_modules": None, "layers_to_transform": None, "target_modules": wanted}
 
 
 def patterns_for(own: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Patterns that give each name the value `wanted`: `own` if they do and none is idle, else one for each name."""
-    idle = [key for key in own if not any(pattern_hits(key, name) for name in wanted)]
-    if not idle and all(_first(own, name, default) == value for name, value in wanted.items()):
+    if not Patterns(own).idle(wanted) and _values(own, wanted, default) == wanted:
         return dict(own)
     return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
 
 
-def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if pattern_hits(key, name)), default)
+def _values(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+    """By name: what the first pattern gives that hits it."""
+    keys = Patterns(patterns)
+    return {name: next((patterns[key] for key in keys.hitting(name)), default) for name in names}
 
 
 def _all_linear(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
@@ -190,7 +203,7 @@ def _all_linear(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
     from lrcompile.sites.linear import conv1d
 
     kinds = (nn.Linear, conv1d()) if conv1d() is not None else (nn.Linear,)
-    names = {name: module for name, module in model.named_modules() if name in set(module_names(model))}
+    names = {name: module for name, module in model.named_modules() if name and ADAPTERS not in name.split(".")}
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     spared = {name for name, module in names.items() if module is head}
@@ -199,13 +212,9 @@ def _all_linear(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
     excluded = {"target_modules": r".*"} | {
         k: v for k, v in config.items() if k in ("exclude_modules", "modules_to_save")
     }
-    return {
-        n for n, module in names.items() if isinstance(module, kinds) and n not in spared and module_hit(excluded, n)
-    }
-
-
-def _ends(name: str, entries: Iterable[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    return modules_hit(
+        excluded, [name for name, module in names.items() if isinstance(module, kinds) and name not in spared]
+    )
 
 
 def _layer(name: str, patterns: list[str]) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrcompile.hosting import Host
+from lrcompile.names import submodule
 from lrcompile.sites import attention, embedding, experts, graph, linear, parameter
 from lrcompile.sites.bypass import refusal_below
 from lrcompile.sites.site import Site, Slot
@@ -93,5 +94,5 @@ def host_mixin(site: Site) -> type[Host] | None:
 
 def weight_of(model: nn.Module, site: Site) -> torch.Tensor:
     """A view of the site's weight as `[..., out, in]`, through which it can be written."""
-    weight = getattr(model.get_submodule(site.host), site.slot)
+    weight = getattr(submodule(model, site.host), site.slot)
     return weight.mT if site.transposed else weight

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lrcompile import targeting
 from lrcompile.dialect import gain as gain  # registers torch.ops.lrcompile.gain
+from lrcompile.names import meant
 from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.forms.hosted import Hosted
 from lrcompile.sites.site import Site
@@ -76,4 +77,4 @@ class InputGain(GainAdapter):
 
 
 def _on_inputs(spec: Spec, site: Site) -> bool:
-    return any(targeting.hits(spec.feedforward, name) for name in site.names)
+    return bool(meant(spec.feedforward, site.names))
