@@ -56,7 +56,7 @@ def _linear(y: Any) -> Linear | None:
     if y.op == "call_function" and y.target in (F.linear, torch.ops.aten.linear.default) and not y.kwargs:
         x, W, bias = (*y.args, None)[:3]
         return Linear(x, Dense(), (W,), bias, (y,))  # type: ignore[arg-type]
-    if y.target is NF4_LINEAR:
+    if operator_of(y) is NF4_LINEAR:
         x, *held, bias, out_features, in_features, block_size, transposed, dtype = y.args
         base = Quantized(out_features, in_features, block_size, transposed, dtype)  # type: ignore[arg-type]
         return Linear(x, base, tuple(held), bias, (y,))  # type: ignore[arg-type]
@@ -80,6 +80,12 @@ def _conv1d(y: fx.Node) -> Linear | None:
     return Linear(x, Dense(transposed=True), (W,), bias, (rows, product, y))  # type: ignore[arg-type]
 
 
+def operator_of(node: fx.Node) -> Any:
+    """The target of a node, a packet of overloads being its default one."""
+    packet = isinstance(node.target, torch._ops.OpOverloadPacket)
+    return node.target.default if packet else node.target  # type: ignore[union-attr]
+
+
 def _given(node: fx.Node) -> bool:
     """Is it an input of the graph, or a tensor that the graph holds?"""
     return node.op in ("placeholder", "get_attr")
@@ -96,12 +102,13 @@ def writes(node: fx.Node) -> bool:
         return False
     if node.op == "call_module" or "out" in node.kwargs:
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    target = operator_of(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.HigherOrderOperator):
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", None) in ("_operator", "operator") and name in _IN_PLACE:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) in ("_operator", "operator") and name in _IN_PLACE:
         return True
     return name in _STATEFUL or (name.endswith("_") and not name.endswith("__"))
 

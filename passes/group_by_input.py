@@ -11,7 +11,7 @@ from torch import fx
 
 from lrcompile.lowered.group import AdaptedGroup, Member, Role
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Linear, linear_at, same, value, writes
+from lrcompile.passes.captured import Linear, linear_at, operator_of, same, value, writes
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -31,7 +31,7 @@ class GroupByInput(Pass[fx.GraphModule]):
     def apply(self, subject: fx.GraphModule) -> Result:
         graph, refusals, found = subject.graph, [], []
         for node in graph.nodes:
-            if node.target in (LORA, PROJECT):
+            if operator_of(node) in (LORA, PROJECT):
                 site = _site(node)
                 if isinstance(site, _Site):
                     found.append(site)
@@ -66,7 +66,7 @@ def _site(node: fx.Node) -> _Site | str:
         return "another node sees the base's output"
     if node.args[1] is not linear.x:
         return "the adapter and the base have different inputs"
-    if node.target is LORA:
+    if operator_of(node) is LORA:
         _, _, A, B, scale, p = (*node.args, 0.0)[:6]
         if p:
             return f"dropout {p} is active"
