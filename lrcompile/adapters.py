@@ -9,14 +9,15 @@ from torch import nn
 
 from lrcompile.errors import AdapterError
 
+ADAPTERS = "lrcompile_adapters"
+"""Attribute under which a host keeps its adapter sets, by slot."""
+
 
 class AdapterSet(nn.Module):
     """The adapters of one weight by name. `active` ones act now, in order; `merged` ones act through the weight."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def attach(self, name: str, adapter: nn.Module) -> None:
         if name in self._modules:

@@ -14,7 +14,7 @@ from lrcompile.building import Built, build, make_base_nf4
 from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
-from lrcompile.names import submodule
+from lrcompile.names import beginnings
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.residuals import refuse_unfoldable, settle
@@ -23,6 +23,7 @@ from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State, all_sites, has_state, require_settled, set_state, state_of
 from lrcompile.switching import activate, rewrite_graphs, set_training
+from lrcompile.walking import modules, parameters, submodule
 from lrcompile.wording import listed
 
 
@@ -54,7 +55,7 @@ def attach(
     if method.quantizes_base and quantize_base:
         make_base_nf4(model, spec, built)
     if first:
-        state.flags = {key: p.requires_grad for key, p in model.named_parameters()}
+        state.flags = {key: p.requires_grad for key, p in parameters(model)}
         set_state(model, state)
     before = (dict(state.active), state.training)
     try:
@@ -114,14 +115,14 @@ def detach(
         set_training(model, training)
     else:
         settle(model, state)
-        for key, parameter in model.named_parameters():
+        for key, parameter in parameters(model):
             parameter.requires_grad_(state.flags.get(key, parameter.requires_grad))
         set_state(model, None)
 
 
 def _refuse_foreign(model: nn.Module) -> None:
     """Two states over one weight would each run its adapters: both times all of them."""
-    for name, module in model.named_modules():
+    for name, module in modules(model):
         if isinstance(module, AdapterSlots):
             host = name.removesuffix(sites.ADAPTERS).rstrip(".") or "this module"
             raise AdapterError(
@@ -166,20 +167,25 @@ def _check_baked_dropout(spec: Spec, hit: Sequence[Site]) -> None:
 
 
 def _place(model: nn.Module, state: State, name: str, built: Built, quantize_base: bool) -> None:
+    passed: set[str] = set()
     for adapter, start in built:
         site = start.site
         host = submodule(model, site.host)
-        if sites.ADAPTERS not in host._modules:
-            host.add_module(sites.ADAPTERS, AdapterSlots())
-        slots: Any = host._modules[sites.ADAPTERS]
+        slots: Any = host._modules.get(sites.ADAPTERS)
+        if slots is None:
+            slots = host._modules[sites.ADAPTERS] = AdapterSlots()
         if site.slot not in slots:
             slots[site.slot] = AdapterSet()
         slots[site.slot].attach(name, adapter)
-        adapter.train(host.training)
+        if adapter.training is not host.training:
+            adapter.train(host.training)
         mixin = sites.host_mixin(site)
         if mixin is not None:
             _swap(model, state, site.host, mixin)
         for ancestor in _ancestors(site.host):
+            if ancestor in passed:
+                continue
+            passed.add(ancestor)
             if bypass := mixin_for(submodule(model, ancestor)):
                 _swap(model, state, ancestor, bypass)
         if quantize_base:
@@ -193,5 +199,4 @@ def _swap(model: nn.Module, state: State, name: str, mixin: type) -> None:
 
 
 def _ancestors(name: str) -> list[str]:
-    parts = name.split(".") if name else []
-    return ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
+    return ["", *beginnings(name)] if name else [""]

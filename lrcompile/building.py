@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lrcompile import sites
-from lrcompile.names import submodule
 from lrcompile.nf4.modules import layout_of, nf4_weight, replace_codes
 from lrcompile.progress import shown
 from lrcompile.quantizing import is_nf4, quantize
@@ -22,6 +21,7 @@ from lrcompile.recipes.recipe import part
 from lrcompile.residuals import base_below
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
+from lrcompile.walking import submodule
 from lrcompile.written import expect_writes
 
 Built = list[tuple[Adapter, Start]]

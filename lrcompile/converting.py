@@ -12,7 +12,6 @@ from lrcompile.building import base_weight
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.factoring import Pair, compressed, contributing, factored
 from lrcompile.folding import bias_of
-from lrcompile.names import submodule
 from lrcompile.plain_specs import plain_spec
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
@@ -22,6 +21,7 @@ from lrcompile.specs import Spec
 from lrcompile.state import State, adapter_set, require_name, require_settled, state_of
 from lrcompile.switching import activate, set_training
 from lrcompile.tables import render
+from lrcompile.walking import submodule
 from lrcompile.wording import listed
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 

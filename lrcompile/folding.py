@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lrcompile.errors import MergeError
 from lrcompile.held import Held, put
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4, quantize_nf4
-from lrcompile.names import submodule
 from lrcompile.nf4.modules import Layout, codes_of, is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set
+from lrcompile.walking import submodule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lrcompile import sites, targeting
 from lrcompile.errors import SpecError, TargetError
-from lrcompile.names import endings, meant, submodule, within
+from lrcompile.names import endings, meant, within
 from lrcompile.nf4.modules import is_nf4
 from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes import recipe
@@ -17,6 +17,7 @@ from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.training_in_full import trained_in_full
+from lrcompile.walking import submodule
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from lrcompile.attaching import detach
 from lrcompile.errors import MergeError
 from lrcompile.folding import FoldedSite, fold
 from lrcompile.held import take_back
-from lrcompile.names import submodule
 from lrcompile.nf4.modules import is_nf4, layout_of
 from lrcompile.owners import owners_of_parameters
 from lrcompile.quantizing import base_of
@@ -21,6 +20,7 @@ from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_name, require_settled, state_of
 from lrcompile.switching import rewrite_graphs
 from lrcompile.tables import render
+from lrcompile.walking import submodule
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
 LOSS_LIMIT = 0.5

@@ -7,26 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
-
-from lrcompile.errors import AdapterError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """The module that `named_modules` calls `name`.
-
-    `get_submodule` takes ten times as long, by attribute instead of by key, and every site is looked up many times.
-    """
-    module = model
-    for part in name.split(".") if name else ():
-        child = module._modules.get(part)
-        if child is None:
-            raise AdapterError(f"this {type(model).__name__} has no module {name!r} (any more)")
-        module = child
-    return module
 
 
 def beginnings(name: str) -> Iterator[str]:

@@ -22,12 +22,12 @@ from torch import nn
 
 from lrcompile.costing import Cost, cost
 from lrcompile.matching import match
-from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.tables import render
+from lrcompile.walking import submodule
 from lrcompile.wording import sized
 
 ADAMW_STATES = 2

@@ -16,12 +16,12 @@ from lrcompile.errors import AdapterError, TargetError
 from lrcompile.folding import bias_of, changes
 from lrcompile.held import Fold, Held, put, take_back
 from lrcompile.liveness import PATIENCE, dead_message, dead_names, drops_layers
-from lrcompile.names import submodule
 from lrcompile.owners import owners_of_parameters
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, state_of
 from lrcompile.undisturbed import set_mode, undisturbed
+from lrcompile.walking import submodule
 
 
 def prove(model: nn.Module, name: str, example_inputs: Any) -> None:

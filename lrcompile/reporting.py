@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lrcompile import residuals, sites, written
+from lrcompile import residuals, walking, written
 from lrcompile.errors import require
 from lrcompile.int8.modules import holder_of, is_int8
-from lrcompile.state import adapter_set, adapter_tensors, state_of
+from lrcompile.state import adapter_set, state_of, tensors_at
 from lrcompile.tables import render
 from lrcompile.wording import sized
 
@@ -89,61 +89,47 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What lrcompile did to `model`. Raises `AdapterError` if it has no adapter."""
     state = state_of(model)
-    dead = state.dead
+    dead = None if state.dead is None else frozenset(state.dead)
     rows: dict[str, Row] = {}
     for adapter, found in state.sites.items():
-        killed = {name for name, _ in adapter_tensors(model, state, adapter)} & set(dead or ())
         for site in found:
-            lies = None if dead is None else any(name.startswith(_prefix(site.host, site.slot)) for name in killed)
-            own = adapter_set(model, site)[adapter]
+            adapters = adapter_set(model, site)
             copies = f"{site.copies} copies" if site.copies else ""
             rows[site.name] = Row(
                 site.name,
                 site.kind,
                 site.in_features,
                 site.out_features,
-                own.rank,
+                adapters[adapter].rank,
                 True,
-                lies,
+                None if dead is None else any(key in dead for key, _ in tensors_at(model, site, adapter)),
                 copies,
-                added=sum(p.numel() for p in adapter_set(model, site).parameters()),
+                added=sum(p.numel() for _, p in walking.parameters(adapters)),
             )
     for spared in state.spared.values():
         for site, why in spared:
             rows.setdefault(
                 site.name, Row(site.name, site.kind, site.in_features, site.out_features, None, False, None, why)
             )
-    training = [p for p in model.parameters() if p.requires_grad]
-    base = [
-        t for name, t in [*model.named_parameters(), *model.named_buffers()] if sites.ADAPTERS not in name.split(".")
-    ]
-    base += [t for module in model.modules() if is_int8(module) for t in holder_of(module).held()]
-    added = sum(p.numel() for name, p in model.named_parameters() if sites.ADAPTERS in name.split("."))
+    everything = walking.parameters(model)
+    training = [p for _, p in everything if p.requires_grad]
+    parameters, buffers = walking.parameters(model, adapters=False), walking.buffers(model, adapters=False)
+    int8 = [holder_of(module).held() for _, module in walking.modules(model, adapters=False) if is_int8(module)]
+    base = [t for _, t in [*parameters, *buffers]] + [t for held in int8 for t in held]
+    codes = [buffer for name, buffer in buffers if name.endswith("weight_codes")]
     return Report(
         sites=tuple(rows.values()),
         adapters=tuple(state.specs),
         active=tuple(state.active),
         merged=state.merged,
         trainable=sum(p.numel() for p in training),
-        total=added + sum(_numbers(name, t) for name, t in _named_base(model)),
+        total=sum(p.numel() for _, p in everything)
+        + sum(2 * each.numel() for each in codes)
+        + sum(held.codes.numel() for held in int8),
         trainable_bytes=sum(p.numel() * p.element_size() for p in training),
         base_bytes=sum(t.numel() * t.element_size() for t in base),
         notes=(*state.notes, *written.notes_of(model), *residuals.notes_of(model)),
     )
-
-
-def _named_base(model: nn.Module) -> list[tuple[str, Any]]:
-    codes = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("weight_codes")]
-    codes += [(name, holder_of(m).held().codes) for name, m in model.named_modules() if is_int8(m)]
-    return [(name, p) for name, p in model.named_parameters() if sites.ADAPTERS not in name.split(".")] + codes
-
-
-def _numbers(name: str, tensor: Any) -> int:
-    return tensor.numel() * (2 if name.endswith("weight_codes") else 1)
-
-
-def _prefix(host: str, slot: str) -> str:
-    return ".".join(part for part in (host, sites.ADAPTERS, slot) if part) + "."
 
 
 def _mark(row: Row) -> str:

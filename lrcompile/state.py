@@ -15,11 +15,11 @@ from lrcompile.adapters import AdapterSet
 from lrcompile.errors import AdapterError
 from lrcompile.held import Fold
 from lrcompile.hosting import Host
-from lrcompile.names import submodule
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.trained import Trained
+from lrcompile.walking import modules, parameters, submodule
 
 _ATTRIBUTE = "_lrcompile"
 
@@ -66,7 +66,7 @@ def state_of(model: nn.Module) -> State:
         raise AdapterError(f"expected a torch.nn.Module with an adapter, got {type(model).__name__}")
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None:
-        inner = [name for name, module in model.named_modules() if _ATTRIBUTE in module.__dict__]
+        inner = [name for name, module in modules(model) if _ATTRIBUTE in module.__dict__]
         hint = (
             f"; its submodule {inner[0]!r} has one: pass that"
             if inner
@@ -100,9 +100,12 @@ def all_sites(state: State) -> list[Site]:
 def adapter_tensors(model: nn.Module, state: State, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The factors of the adapter `name` with their qualified names."""
     for site in state.sites[name]:
-        prefix = ".".join(part for part in (site.host, ADAPTERS, site.slot, name) if part)
-        for local, tensor in adapter_set(model, site)[name].named_parameters():
-            yield f"{prefix}.{local}", tensor
+        yield from tensors_at(model, site, name)
+
+
+def tensors_at(model: nn.Module, site: Site, name: str) -> list[tuple[str, nn.Parameter]]:
+    prefix = ".".join(part for part in (site.host, ADAPTERS, site.slot, name) if part)
+    return [(f"{prefix}.{local}", tensor) for local, tensor in parameters(adapter_set(model, site)[name])]
 
 
 def require_name(state: State, name: str) -> None:

@@ -10,12 +10,12 @@ from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
-from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.residuals import refuse_beside_residuals, settle
 from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
+from lrcompile.walking import parameters, submodule
 from lrcompile.written import refuse_written
 
 
@@ -108,7 +108,7 @@ def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         require_name(state, name)
     state.training = names
-    for parameter in model.parameters():
+    for _, parameter in parameters(model):
         parameter.requires_grad_(False)
     for name in names:
         trains = recipe(state.specs[name].method).trains

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lrcompile.errors import TargetError
-from lrcompile.names import Patterns, endings, meant, submodule
+from lrcompile.names import Patterns, endings, meant
+from lrcompile.walking import modules, submodule
 
 ALL_LINEAR = "all-linear"
+_HEAD = "get_output_embeddings"
 
 
 def select(
@@ -71,8 +73,9 @@ def output_heads(model: nn.Module) -> dict[str, str]:
     model; of `model` itself and of every such model inside it.
     """
     heads: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if callable(getattr(module, "get_output_embeddings", None)):
+    for name, module in modules(model):
+        # past nn.Module.__getattr__, which takes long to say that there is none
+        if callable(module.__dict__.get(_HEAD, getattr(type(module), _HEAD, None))):
             start = f"{name}." if name else ""
             heads |= {start + local: reason for local, reason in _heads_of(module).items()}
     return heads
@@ -83,12 +86,12 @@ def _heads_of(model: nn.Module) -> dict[str, str]:
     inner = getattr(model, "base_model", None)
     prefix = getattr(model, "base_model_prefix", "")
     if isinstance(inner, nn.Module) and inner is not model and prefix and getattr(model, prefix, None) is inner:
-        for name, _ in model.named_modules():
+        for name, _ in modules(model):
             if name and name != prefix and not name.startswith(f"{prefix}."):
                 heads[name] = "output head: outside the base model"
     output = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(output, nn.Module):
-        heads |= {name: "output head" for name, module in model.named_modules() if module is output}
+        heads |= {name: "output head" for name, module in modules(model) if module is output}
     return heads
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lrcompile import sites, targeting
+from lrcompile import targeting, walking
 from lrcompile.errors import TargetError
 from lrcompile.names import within
 from lrcompile.owners import owners_of_parameters
@@ -19,10 +19,12 @@ def trained_in_full(model: nn.Module, spec: Spec, hit: Sequence[Site]) -> tuple[
 
     Raises `TargetError` for an entry that hits nothing, or a parameter that a module outside holds too.
     """
-    modules = [name for name, _ in model.named_modules() if name and sites.ADAPTERS not in name.split(".")]
+    if not spec.train_modules and spec.bias == "none":
+        return ()
     if spec.train_modules:
-        targeting.require_hits(modules, spec.train_modules, "train_modules")
-    parameters = [name for name, _ in model.named_parameters() if sites.ADAPTERS not in name.split(".")]
+        names = [name for name, _ in walking.modules(model, adapters=False) if name]
+        targeting.require_hits(names, spec.train_modules, "train_modules")
+    parameters = [name for name, _ in walking.parameters(model, adapters=False)]
     chosen = within(spec.train_modules, parameters)
     _refuse_tied(model, spec)
     if spec.train_modules and not chosen:

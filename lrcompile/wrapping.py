@@ -9,46 +9,46 @@ import sys
 from torch import nn
 
 from lrcompile.errors import AdapterError, LrcompileError
+from lrcompile.walking import modules, parameters
 
 
 def refuse_wrapped(model: nn.Module, doing: str) -> None:
     """Raise `AdapterError` with the right order of calls if `model`, or anything in it, is wrapped or sharded."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"cannot {doing} a {type(model).__name__}: a torch.nn.Module was expected")
-    for name, module in model.named_modules():
-        if wrapper := _wrapper(module):
+    names: dict[type, str] = {}
+    for name, module in modules(model):
+        names.setdefault(type(module), name)
+    for cls, name in names.items():
+        if wrapper := _wrapper(cls):
             raise AdapterError(
                 f"{name or 'the model'} is wrapped by {wrapper}; {doing} the plain model first and wrap it afterwards"
                 " (apply, then DistributedDataParallel, fully_shard or torch.compile)"
             )
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters(model):
             if isinstance(parameter, tensor.DTensor):
                 raise AdapterError(f"{name} is sharded (DTensor); {doing} the model first, then call fully_shard")
 
 
 def refuse_meta(model: nn.Module, doing: str, error: type[LrcompileError]) -> None:
     """Raise `error` if `model` has shapes only, so that there is nothing to compute."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters(model):
         if parameter.is_meta:
             raise error(f"{name} is on the meta device and has no values; load the weights first, then {doing}")
 
 
-def _wrapper(module: nn.Module) -> str | None:
-    for cls in type(module).__mro__:
-        origin = f"{cls.__module__}.{cls.__qualname__}"
+def _wrapper(cls: type) -> str | None:
+    for each in cls.__mro__:
+        origin = f"{each.__module__}.{each.__qualname__}"
         if origin == "torch._dynamo.eval_frame.OptimizedModule":
             return "torch.compile"
-        if cls.__name__ in (
+        if each.__name__ in (
             "DataParallel",
             "DistributedDataParallel",
             "FullyShardedDataParallel",
             "FSDPModule",
-        ) and cls.__module__.startswith("torch."):
-            return cls.__name__
-    return "torch.jit" if origin_is_script(module) else None
-
-
-def origin_is_script(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.jit")
+        ) and each.__module__.startswith("torch."):
+            return each.__name__
+    return "torch.jit" if cls.__module__.startswith("torch.jit") else None

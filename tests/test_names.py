@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from lrcompile.errors import AdapterError
-from lrcompile.names import Patterns, beginnings, endings, meant, submodule, within
+from lrcompile.names import Patterns, beginnings, endings, meant, within
 
 PARTS = st.sampled_from(["h", "0", "1", "10", "q", "hq", "q-k", "é"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -55,15 +52,3 @@ def test_what_is_within_a_module_lies_in_it_or_is_it():
 def test_the_parts_of_a_name():
     assert list(beginnings("a.b.c")) == ["a", "a.b", "a.b.c"]
     assert list(endings("a.b.c")) == ["a.b.c", "b.c", "c"]
-
-
-def test_a_module_is_found_by_the_name_it_goes_by():
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3)), nn.Tanh())
-    for name, module in model.named_modules():
-        assert submodule(model, name) is module
-
-
-@pytest.mark.parametrize("name", ["2", "0.weight", "0.0.weight", "forward"])
-def test_a_name_that_no_module_goes_by_is_said(name):
-    with pytest.raises(AdapterError, match=re.escape(repr(name))):
-        submodule(nn.Sequential(nn.Sequential(nn.Linear(2, 3))), name)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.int8.modules import is_int8
-from lrcompile.names import submodule
 from lrcompile.nf4.modules import codes_of, is_nf4
 from lrcompile.sites.site import Site
 from lrcompile.state import State
+from lrcompile.walking import submodule
 from lrcompile.wording import listed
 
 WHOLE = 256 << 20

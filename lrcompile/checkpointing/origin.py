@@ -10,12 +10,12 @@ from lrcompile.checkpointing.base_print import differences, print_of
 from lrcompile.checkpointing.files import Checkpoint
 from lrcompile.errors import AdapterError
 from lrcompile.matching import Matched, match
-from lrcompile.names import submodule
 from lrcompile.nf4.modules import is_nf4
 from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
+from lrcompile.walking import submodule
 from lrcompile.wording import listed
 from lrcompile.written import written_by
 

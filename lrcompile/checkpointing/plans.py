@@ -15,7 +15,6 @@ from lrcompile.errors import AdapterError
 from lrcompile.interop.peft_config import MAX_RANK
 from lrcompile.interop.peft_keys import Place, pack, unpack
 from lrcompile.matching import Matched
-from lrcompile.names import submodule
 from lrcompile.recipes import recipe
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.recipes.recipe import part
@@ -23,6 +22,7 @@ from lrcompile.sites import ADAPTERS
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.state import State
+from lrcompile.walking import submodule
 from lrcompile.wording import listed
 from lrcompile.written import expect_writes
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lrcompile.errors import SpecError
 from lrcompile.interop.peft_matching import Unit, feeds_forward
 from lrcompile.interop.peft_types import LORA, PeftType
-from lrcompile.names import beginnings, submodule
+from lrcompile.names import beginnings
+from lrcompile.walking import submodule
 
 PREFIX = "base_model.model"
 

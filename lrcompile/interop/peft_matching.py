@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from lrcompile.interop.peft_config import layers_in, names_in
-from lrcompile.names import Patterns, beginnings, endings, is_name, meant, submodule
+from lrcompile.names import Patterns, beginnings, endings, is_name, meant
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.attention import PACKED
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.targeting import ALL_LINEAR
+from lrcompile.walking import submodule
 
 _SEQUENCE_HEADS = ("score", "classifier")
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from lrcompile.adapters import ADAPTERS as ADAPTERS
 from lrcompile.hosting import Host
-from lrcompile.names import submodule
+from lrcompile.names import beginnings
 from lrcompile.sites import attention, embedding, experts, graph, linear, parameter
 from lrcompile.sites.bypass import refusal_below
 from lrcompile.sites.site import Site, Slot
-
-ADAPTERS = "lrcompile_adapters"
-"""Attribute under which a host keeps its adapter sets, by slot."""
+from lrcompile.walking import every_name, submodule
 
 KINDS = (graph, attention, experts, linear, embedding, parameter)
 """First match wins: from the most particular to the most general."""
@@ -24,34 +23,33 @@ KINDS = (graph, attention, experts, linear, embedding, parameter)
 def find(model: nn.Module) -> list[Site]:
     """Every site of `model` in module order, those that cannot be adapted included (with their `refusal`)."""
     sites: list[Site] = []
-    aliases = _aliases(model)
     graphs: dict[str, set[str]] = {}
     opaque: dict[str, str] = {}
-    for host, module in model.named_modules():
+    for module, (host, *aliases) in every_name(model).items():
         if reason := refusal_below(module):
-            opaque[f"{host}." if host else ""] = reason
-        if ADAPTERS in host.split(".") or any(_is_read(host, *each) for each in graphs.items()):
+            opaque[host] = reason
+        above = ["", *beginnings(host)][:-1] if opaque or graphs else []  # a root is above itself
+        if any(_is_read(host, graph, graphs[graph]) for graph in above if graph in graphs):
             continue
         for kind in KINDS:
             slots = kind.slots(module)
             if slots is None:
                 continue
-            if reason := next((why for prefix, why in opaque.items() if host.startswith(prefix)), None):
+            if reason := next((opaque[each] for each in above if each in opaque), None):
                 slots = [replace(slot, refusal=slot.refusal or reason) for slot in slots]
-            sites += _named(kind.NAME, host, slots, aliases.get(id(module), ()))
+            sites += _named(kind.NAME, host, slots, aliases)
             if kind is graph:
-                graphs[f"{host}." if host else ""] = graph.called(module)
+                graphs[host] = graph.called(module)
             break
     return sites
 
 
 def _is_read(host: str, graph: str, called: set[str]) -> bool:
-    """Does `host` only hold what the graph module of this prefix reads, without ever being called?"""
-    parts = host.removeprefix(graph).split(".")
-    return host.startswith(graph) and not any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
+    """Does `host` only hold what the graph module above it reads, without ever being called?"""
+    return called.isdisjoint(beginnings(host.removeprefix(f"{graph}." if graph else "")))
 
 
-def _named(kind: str, host: str, slots: list[Slot], aliases: tuple[str, ...]) -> Iterator[Site]:
+def _named(kind: str, host: str, slots: list[Slot], aliases: Iterable[str]) -> Iterator[Site]:
     for slot in slots:
         owner, _, local = slot.name.rpartition(".")
         base = ".".join(part for part in (host, owner) if part)
@@ -77,14 +75,6 @@ def _site_name(host: str, slot: str) -> str:
     if slot == "weight":
         return host
     return f"{host}.{slot}" if host else slot
-
-
-def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """The further names of modules registered more than once."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return {key: tuple(found[1:]) for key, found in names.items() if len(found) > 1}
 
 
 def host_mixin(site: Site) -> type[Host] | None:

@@ -61,14 +61,22 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         lead = () if copies is None else (copies,)
-        self.in_features, self.out_features, self.rank, self.dropout = in_features, out_features, rank, dropout
-        self.scale_value, self.weight = scale, 1.0
+        # past nn.Module.__setattr__, which asks of each number whether it is a tensor: a model has hundreds of adapters
+        self.__dict__.update(in_features=in_features, out_features=out_features, rank=rank, dropout=dropout)
+        self.__dict__.update(scale_value=scale, weight=1.0)
         for name, shape in self.shapes(in_features, out_features, rank).items():
             empty = torch.empty(*lead, *shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty))
-        self.register_buffer("scale", torch.empty((), dtype=torch.float32, device=device), persistent=False)
-        self.refill_scale()
+        filled = torch.full((), scale, dtype=torch.float32, device=device)
+        self.register_buffer("scale", filled, persistent=False)
 
+    in_features: int
+    out_features: int
+    rank: int
+    dropout: float
+    scale_value: float
+    weight: float
+    """What `activate` gave the adapter."""
     scale: Tensor
     ruled_by: str | None = None
     """The method whose step rules its tensors need."""
