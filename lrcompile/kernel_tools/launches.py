@@ -37,11 +37,17 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     config: Config
+    fuse_multiply_add: bool = True
+    """a·b + c rounded once. Not where the bits of a reference that rounds twice are wanted."""
 
     @property
     def options(self) -> dict[str, Any]:
         # Said outright: Triton 3.10 turns fusing of multiply and add off where nobody asks for it.
-        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
+        return {
+            "num_warps": self.config.num_warps,
+            "num_stages": self.config.num_stages,
+            "enable_fp_fusion": self.fuse_multiply_add,
+        }
 
     @property
     def values(self) -> dict[str, Any]:
