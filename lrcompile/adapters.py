@@ -16,8 +16,32 @@ ADAPTERS = "lrcompile_adapters"
 class AdapterSet(nn.Module):
     """The adapters of one weight by name. `active` ones act now, in order; `merged` ones act through the weight."""
 
-    active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
+    live: tuple[Any, ...] = ()
+    """The adapters a forward applies, in order. Modules, not names: a compiled forward depends on what it reads, and
+    one that read names would have to be compiled again for an adapter that only has another name."""
+    _active: tuple[str, ...] = ()
+    _merged: tuple[str, ...] = ()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return self._active
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        self.__dict__["_active"] = names
+        self._choose()
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return self._merged
+
+    @merged.setter
+    def merged(self, names: tuple[str, ...]) -> None:
+        self.__dict__["_merged"] = names
+        self._choose()
+
+    def _choose(self) -> None:
+        self.__dict__["live"] = tuple(self._modules[name] for name in self.live_names())
 
     def attach(self, name: str, adapter: nn.Module) -> None:
         if name in self._modules:
@@ -26,7 +50,7 @@ class AdapterSet(nn.Module):
 
     def detach(self, name: str) -> None:
         del self._modules[name]
-        self.active = tuple(other for other in self.active if other != name)
+        self.active = tuple(other for other in self._active if other != name)
 
     def __getitem__(self, name: str) -> Any:
         return self._modules[name]
@@ -40,12 +64,8 @@ class AdapterSet(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def live(self) -> list[Any]:
-        """The adapters a forward applies, in order."""
-        return [self._modules[name] for name in self.live_names()]
-
     def live_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active if name not in self.merged) if self.merged else self.active
+        return tuple(name for name in self._active if name not in self._merged) if self._merged else self._active
 
 
 RESERVED = frozenset(dir(AdapterSet()))

@@ -86,9 +86,9 @@ def test_a_set_applies_the_active_ones_in_order_but_for_the_merged():
     adapters = AdapterSet()
     for name in "abc":
         adapters.attach(name, made())
-    assert adapters.live() == []
+    assert adapters.live == ()
     adapters.active, adapters.merged = ("c", "a"), ("a",)
-    assert adapters.live() == [adapters["c"]]
+    assert adapters.live == (adapters["c"],)
     adapters.detach("c")
     assert (adapters.active, list(adapters), len(adapters)) == (("a",), ["a", "b"], 2)
     with pytest.raises(AdapterError, match="'a'"):

@@ -32,7 +32,7 @@ def _off_while_adapted(name: str) -> property:
 
 def acts_below(module: nn.Module) -> bool:
     """Does any adapter under `module` act beside its weight now?"""
-    return any(each.live_names() for each in module.modules() if isinstance(each, AdapterSet))
+    return any(each.live for each in module.modules() if isinstance(each, AdapterSet))
 
 
 class UnfusedEncoderLayer(Host):

@@ -19,7 +19,7 @@ class AdaptedEmbedding(Host):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         y = super().forward(*args, **kwargs)  # type: ignore[misc]
         (ids,) = args or kwargs.values()
-        for adapter in self.lrcompile_adapters["weight"].live():  # type: ignore[attr-defined]
+        for adapter in self.lrcompile_adapters["weight"].live:  # type: ignore[attr-defined]
             y = adapter.lookup(y, ids, self.padding_idx)
         return y
 

@@ -23,7 +23,7 @@ class AdaptedLinear(Host):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         y = super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args or kwargs.values()
-        for adapter in self.lrcompile_adapters["weight"].live():  # type: ignore[attr-defined]
+        for adapter in self.lrcompile_adapters["weight"].live:  # type: ignore[attr-defined]
             y = adapter(y, x, self)
         return y
 

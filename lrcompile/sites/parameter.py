@@ -34,7 +34,7 @@ class AdaptedParameters(Host):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls = type(self)._lrcompile_original
-        if not any(adapters.live() for adapters in self.lrcompile_adapters._modules.values()):  # type: ignore[attr-defined]
+        if not any(adapters.live for adapters in self.lrcompile_adapters._modules.values()):  # type: ignore[attr-defined]
             return cls.forward(self, *args, **kwargs)
         tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
         module: nn.Module = self  # type: ignore[assignment]
