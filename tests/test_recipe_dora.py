@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lrcompile
-from lrcompile.recipes.forms.hosted import product_of, squared_rows
+from lrcompile.dialect.norm import product_of, squared_rows
 
 IN, OUT, RANK = 7, 9, 3
 KINDS = ("linear", "no bias", "conv1d", "nf4", "nf4 conv1d")
@@ -169,7 +169,7 @@ def test_the_norm_of_a_bfloat16_weight_is_formed_in_float32():
 def test_a_wide_weight_is_read_a_few_rows_at_a_time(monkeypatch):
     W, x = torch.randn(11, 6, dtype=torch.bfloat16), torch.randn(3, 6)
     whole = squared_rows(W, torch.float32), product_of(x, W, torch.float32)
-    monkeypatch.setattr("lrcompile.recipes.forms.hosted.BLOCK", 20)
+    monkeypatch.setattr("lrcompile.dialect.norm.BLOCK", 20)
     assert torch.equal(squared_rows(W, torch.float32), whole[0])
     torch.testing.assert_close(product_of(x, W, torch.float32), whole[1])
 

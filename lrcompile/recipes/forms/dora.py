@@ -9,18 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrcompile.cached import Cached
 from lrcompile.dialect import gain as gain  # registers torch.ops.lrcompile.gain
+from lrcompile.dialect.norm import norms, product_of, squared_rows, without_autocast
+from lrcompile.nf4.modules import codes_of, is_nf4, layout_of
 from lrcompile.recipes.forms.adapter import Start
-from lrcompile.recipes.forms.cached import Cached
-from lrcompile.recipes.forms.hosted import (
-    Hosted,
-    base_bias,
-    base_tensors,
-    product_of,
-    squared_rows,
-    wide_dtype,
-    without_autocast,
-)
+from lrcompile.recipes.forms.hosted import Hosted, base_bias, base_tensors, wide_dtype
 from lrcompile.recipes.forms.pair import LoraAdapter
 
 
@@ -65,16 +59,26 @@ class DoraAdapter(Hosted, LoraAdapter):
     def gain(self, host: nn.Module) -> Tensor:
         """m/n `[out]` in float32 (float64 on a float64 layer), differentiable in m alone.
 
-        n is computed once for every state of W, A, B and the scale, ‖W_i‖ once for every state of W; in a graph that
-        is being compiled or captured, at each call.
+        n is computed once for every state of W, A, B and the scale, ‖W_i‖ once for every state of W. In a graph that
+        is being compiled or captured n is one node; the pass `hoist-constants` takes it out.
         """
-        if torch.compiler.is_compiling():
-            norms = self._norms_now(host, self._squares_now(host))
-        else:
-            held = base_tensors(host)
-            squares = self._squares.get(held, lambda: self._squares_now(host))
-            norms = self._norms.get((*held, self.A, self.B, self.scale), lambda: self._norms_now(host, squares))
-        return self.m.to(norms.dtype) / norms
+        n = self._norms_as_node(host) if torch.compiler.is_compiling() else self._norms_kept(host)
+        return self.m.to(n.dtype) / n
+
+    def _norms_kept(self, host: nn.Module) -> Tensor:
+        held = base_tensors(host)
+        squares = self._squares.get(held, lambda: self._squares_now(host))
+        return self._norms.get((*held, self.A, self.B, self.scale), lambda: self._norms_now(host, squares))
+
+    def _norms_as_node(self, host: nn.Module) -> Tensor:
+        pair = (self.A, self.B, self.scale)
+        if not is_nf4(host):
+            return torch.ops.lrcompile.dora_norm.default(host.weight, *pair, self.transposed)
+        layout = layout_of(host)
+        return torch.ops.lrcompile.nf4_dora_norm.default(
+            *codes_of(host), *pair, layout.out_features, layout.in_features, layout.block_size, layout.transposed,
+            wide_dtype(host),
+        )  # fmt: skip
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         with torch.no_grad():
@@ -93,14 +97,8 @@ class DoraAdapter(Hosted, LoraAdapter):
 
     def _norms_now(self, host: nn.Module, squares: Tensor) -> Tensor:
         with without_autocast(squares.device):
-            return self._norms_of(squares, self.base_product(host, self.A.detach(), squares.dtype))
+            AW = self.base_product(host, self.A.detach(), squares.dtype)
+            return norms(squares, AW, self.A, self.B, self.scale)
 
     def _norms_of_map(self, W: Tensor) -> Tensor:
-        return self._norms_of(squared_rows(W, W.dtype), product_of(self.A.detach().to(W), W, W.dtype))
-
-    def _norms_of(self, squares: Tensor, AW: Tensor) -> Tensor:
-        """n = √(‖W_i‖² + 2s⟨(WAᵀ)_i, B_i⟩ + s²⟨(B(AAᵀ))_i, B_i⟩) from ‖W_i‖² and AWᵀ `[rank, out]`, in their dtype."""
-        A, B, s = (each.detach().to(squares) for each in (self.A, self.B, self.scale))
-        cross = (AW.t() * B).sum(1)
-        own = ((B @ (A @ A.t())) * B).sum(1)
-        return (squares + 2 * s * cross + s * s * own).clamp_min(0).sqrt()
+        return norms(squared_rows(W, W.dtype), product_of(self.A.detach(), W, W.dtype), self.A, self.B, self.scale)

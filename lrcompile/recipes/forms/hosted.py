@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrcompile.dialect.norm import product_of
 from lrcompile.kernels.nf4_dequant import dequantize_nf4
 from lrcompile.nf4.modules import codes_of, is_nf4, layout_of, nf4_weight
 from lrcompile.recipes.forms.adapter import Adapter
@@ -54,25 +53,6 @@ class Hosted(Adapter):
         )  # fmt: skip
 
 
-BLOCK = 2**22
-"""Numbers of W that are widened at a time."""
-
-
-def product_of(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
-    """x·Wᵀ in `dtype`, W widened a few rows at a time."""
-    return torch.cat([F.linear(x, rows) for rows in _wide_rows(W, dtype)], -1)
-
-
-def squared_rows(W: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖W_i‖² `[out]` in `dtype`, W widened a few rows at a time."""
-    return torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in _wide_rows(W, dtype)]).square()
-
-
-def _wide_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for rows in (W,) if torch.compiler.is_compiling() else W.split(max(1, BLOCK // W.shape[1])):
-        yield rows.to(dtype)
-
-
 def wide_dtype(host: nn.Module) -> torch.dtype:
     """What sums over W are formed in: float32, or float64 for a float64 layer."""
     held: Any = layout_of(host) if is_nf4(host) else host.weight
@@ -90,11 +70,3 @@ def base_tensors(host: nn.Module) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in codes_of(host) if tensor is not None)
     weight: Any = host.weight
     return (weight,)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which products are formed in the dtype of their factors."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
