@@ -51,7 +51,7 @@ class Usage:
 def usage(launch: Launch, capability: int) -> Usage:
     """Compile `launch` for compute capability `capability` (90 for Hopper) as a run with these arguments would.
 
-    Tensors may be meta tensors; they count as 16-byte aligned, which what an allocator returns always is. Under
+    Tensors may be meta tensors, whose storage counts as aligned, as what an allocator returns is. Under
     TRITON_INTERPRET=1 there is nothing to compile: LrcompileError.
     """
     triton = require("triton", "gpu")
@@ -63,38 +63,45 @@ def usage(launch: Launch, capability: int) -> Usage:
             f"{launch.kernel.__name__} was imported under TRITON_INTERPRET=1 and cannot be compiled; compile it in a"
             " process without that variable (lrcompile.kernel_tools.compiling.usages starts one)"
         )
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
+    described = _Described()
     for parameter in launch.kernel.params:
-        value, path = launch.values[parameter.name], (parameter.num,)
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[path] = "constexpr", value
-        elif parameter.do_not_specialize:
-            signature[parameter.name] = _type(value, path, {}, {}) if value != 1 else "i32"
-        else:
-            signature[parameter.name] = _type(value, path, constants, attributes)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+        described.add(parameter, launch.values[parameter.name])
+    source = ASTSource(launch.kernel, described.signature, described.constants, described.attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, stack = _resources(binary.asm["cubin"])
     return Usage(registers, stack, binary.metadata.shared)
 
 
-def _type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """The type of an argument, noting what a run would specialize on: 1 and None become constants."""
-    if isinstance(value, tuple):
-        return tuple(_type(inner, (*path, i), constants, attributes) for i, inner in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        attributes[path] = DIVISIBLE
-        return "*" + DTYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if value % 16 == 0:
-        attributes[path] = DIVISIBLE
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+class _Described:
+    """The arguments as Triton's compiler wants them: types by name, constants and known divisors by position."""
+
+    def __init__(self) -> None:
+        self.signature: dict[str, Any] = {}
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+
+    def add(self, parameter: Any, value: Any) -> None:
+        if parameter.is_constexpr:
+            self.signature[parameter.name], self.constants[parameter.num,] = "constexpr", value
+        else:
+            self.signature[parameter.name] = self._type(value, (parameter.num,), not parameter.do_not_specialize)
+
+    def _type(self, value: Any, path: tuple[int, ...], specialize: bool) -> Any:
+        """Noting on the way what a run would specialize on: a pointer's alignment, a multiple of 16, a 1."""
+        if isinstance(value, tuple):
+            return tuple(self._type(inner, (*path, i), specialize) for i, inner in enumerate(value))
+        if value is None or (specialize and isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            if specialize and value.storage_offset() * value.itemsize % 16 == 0:
+                self.attributes[path] = DIVISIBLE
+            return "*" + DTYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if specialize and value % 16 == 0:
+            self.attributes[path] = DIVISIBLE
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
