@@ -123,6 +123,13 @@ _STATEFUL = {
 }  # fmt: skip
 
 
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase what nobody uses, but for what writes. (`eliminate_dead_code` takes in-place methods for pure ones.)"""
+    for node in reversed(graph.nodes):
+        if not node.users and not writes(node) and not node.is_impure():
+            graph.erase_node(node)
+
+
 def same(one: Any, other: Any) -> bool:
     """Do two arguments hold the same value? Equal nodes, or the same operations on equal ones."""
     if isinstance(one, fx.Node) and isinstance(other, fx.Node):

@@ -11,7 +11,7 @@ from torch import fx
 
 from lrcompile.lowered.group import AdaptedGroup, Member, Role
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Linear, linear_at, operator_of, same, value, writes
+from lrcompile.passes.captured import Linear, drop_dead, linear_at, operator_of, same, value, writes
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -41,7 +41,7 @@ class GroupByInput(Pass[fx.GraphModule]):
         for group in groups:
             _lower(graph, group)
         if groups:
-            graph.eliminate_dead_code()
+            drop_dead(graph)
             graph.lint()
             subject.recompile()
         return Result(len(groups), tuple(refusals))
