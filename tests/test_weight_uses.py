@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lrcompile.sites.weight_uses import NotALinearMap, uses_of
+from lrcompile.sites.weight_uses import NotALinearMap, reads_of, uses_of
 
 IN, OUT = 5, 7
 
@@ -27,10 +27,10 @@ def uses(body, *shape, x: Tensor | None = None):
     """The uses in both forms a graph comes in; they must agree."""
     module = Uses(body, *shape)
     traced: Any = fx.Tracer().trace(module)
-    found = uses_of(traced, "w", module.w.shape)
+    found = uses_of(reads_of(traced)["w"], module.w.shape)
     if x is not None:
         program: Any = torch.export.export(module, (x,)).module()
-        exported = uses_of(program.graph, "w", module.w.shape)
+        exported = uses_of(reads_of(program.graph)["w"], module.w.shape)
         assert [(u.form, u.transposed) for u in exported] == [(u.form, u.transposed) for u in found]
     return found
 

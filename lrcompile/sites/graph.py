@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from lrcompile.adapters import AdapterSlots
+from lrcompile.adapters import ADAPTERS, AdapterSlots
 from lrcompile.sites.parameter import slot_of
 from lrcompile.sites.site import Slot
+from lrcompile.sites.weight_uses import reads_of
+from lrcompile.walking import submodule
 
 NAME = "graph"
 HOST = None
@@ -17,13 +19,12 @@ def slots(module: nn.Module) -> list[Slot] | None:
     if not isinstance(module, fx.GraphModule):
         return None
     found = []
-    attributes = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name in attributes:
-        if name in parameters and parameters[name].dim() >= 2 and "lrcompile_adapters" not in name.split("."):
-            holder = module.get_submodule(name.rpartition(".")[0])._modules.get("lrcompile_adapters")
+    for name, reads in reads_of(module.graph).items():
+        if name in parameters and parameters[name].dim() >= 2 and ADAPTERS not in name.split("."):
+            holder = submodule(module, name.rpartition(".")[0])._modules.get(ADAPTERS)
             captured = holder is not None and not isinstance(holder, AdapterSlots)
-            found.append(Slot(name, refusal=_CAPTURED) if captured else slot_of(module.graph, name, parameters[name]))
+            found.append(Slot(name, refusal=_CAPTURED) if captured else slot_of(reads, name, parameters[name]))
     return found
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from lrcompile.adapters import AdapterSet
-from lrcompile.sites.weight_uses import Use, uses_of
+from lrcompile.adapters import ADAPTERS, AdapterSet
+from lrcompile.sites.weight_uses import Use, reads_of, uses_of
+from lrcompile.walking import submodule
 
 
 def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
@@ -25,18 +26,18 @@ def insert_adapters(graph: fx.Graph, root: nn.Module) -> int:
     """
     erase_adapters(graph, root)
     count = 0
-    for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
-        owner, _, slot = str(target).rpartition(".")
-        sets = root.get_submodule(owner)._modules.get("lrcompile_adapters")
+    for target, reads in reads_of(graph).items():
+        owner, _, slot = target.rpartition(".")
+        sets = submodule(root, owner)._modules.get(ADAPTERS)
         adapters = None if sets is None else sets._modules.get(slot)
         if not isinstance(adapters, AdapterSet):
             continue
-        shape = getattr(root.get_submodule(owner), slot).shape
-        for index in range(len(uses_of(graph, str(target), shape))):
-            use = uses_of(graph, str(target), shape)[index]  # anew: one use's result can be the next one's input
+        shape = getattr(submodule(root, owner), slot).shape
+        for index in range(len(uses_of(reads, shape))):
+            use = uses_of(reads, shape)[index]  # anew: one use's result can be the next one's input
             for name in adapters.live_names():
-                path = ".".join(part for part in (owner, "lrcompile_adapters", slot, name) if part)
-                use = _insert(graph, use, path, root.get_submodule(path))
+                path = ".".join(part for part in (owner, ADAPTERS, slot, name) if part)
+                use = _insert(graph, use, path, adapters[name])
                 count += 1
     graph.lint()
     return count
@@ -58,10 +59,10 @@ def erase_adapters(graph: fx.Graph, root: nn.Module) -> None:
 
 def _is_factor(root: nn.Module, target: str) -> bool:
     """Is this attribute a tensor of an adapter that lrcompile holds, rather than one captured with the graph?"""
-    host, mark, rest = target.partition("lrcompile_adapters.")
+    host, mark, rest = target.partition(f"{ADAPTERS}.")
     if not mark:
         return False
-    sets = root.get_submodule(host.rstrip("."))._modules.get("lrcompile_adapters")
+    sets = submodule(root, host.rstrip("."))._modules.get(ADAPTERS)
     adapters = None if sets is None else sets._modules.get(rest.partition(".")[0])
     return adapters is None or isinstance(adapters, AdapterSet)  # None: just taken off
 

@@ -8,7 +8,7 @@ Submodules are called, not entered.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from lrcompile.hosting import Host, original_class
 from lrcompile.sites.graph_rule import drop_constants, insert_adapters
 from lrcompile.sites.site import Slot
 from lrcompile.sites.tracing import trace
-from lrcompile.sites.weight_uses import NotALinearMap, uses_of
+from lrcompile.sites.weight_uses import NotALinearMap, reads_of, uses_of
 
 NAME = "parameter"
 
@@ -65,13 +65,14 @@ def slots(module: nn.Module) -> list[Slot] | None:
     except Exception as error:
         reason = f"{cls.__name__}.forward cannot be traced, so its use of this weight is unknown: {_first_line(error)}"
         return [Slot(name, refusal=reason) for name in own]
-    return [slot_of(graph, name, weight) for name, weight in own.items()]
+    reads = reads_of(graph)
+    return [slot_of(reads.get(name, ()), name, weight) for name, weight in own.items()]
 
 
-def slot_of(graph: fx.Graph, name: str, weight: torch.Tensor) -> Slot:
-    """What `graph` does with the attribute `name`, as a slot."""
+def slot_of(reads: Sequence[fx.Node], name: str, weight: torch.Tensor) -> Slot:
+    """What a graph, in which these nodes read it, does with the attribute `name`, as a slot."""
     try:
-        uses = uses_of(graph, name, weight.shape)
+        uses = uses_of(reads, weight.shape)
     except NotALinearMap as error:
         return Slot(name, refusal=error.reason)
     if not uses:

@@ -9,7 +9,7 @@ with any chain of casts and transposes of W in between, as written by hand, symb
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,14 +70,22 @@ class Use:
     padding_idx: int | None = None
 
 
-def uses_of(graph: fx.Graph, target: str, shape: Sequence[int]) -> list[Use]:
-    """Every use of the attribute `target`, a weight of this shape; raises `NotALinearMap` when one is something else,
-    or when they disagree.
+def reads_of(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """By attribute: the nodes that read it."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
+def uses_of(reads: Iterable[fx.Node], shape: Sequence[int]) -> list[Use]:
+    """Every use of a weight of this shape that these nodes read; raises `NotALinearMap` when one is something else, or
+    when they disagree.
     """
     found: list[Use] = []
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target == target:
-            found += _follow(node, shape, flipped=False)
+    for node in reads:
+        found += _follow(node, shape, flipped=False)
     for use in found[1:]:
         if (use.form, use.transposed) != (found[0].form, found[0].transposed):
             raise NotALinearMap(
