@@ -40,8 +40,11 @@ _BUILT_IN = {
     "merge-hadamard": "merge_hadamard:MergeHadamard",
     "merge-input-gains": "merge_input_gains:MergeInputGains",
     "merge-lora": "merge_lora:MergeLora",
+    "order-contractions": "order_contractions:OrderContractions",
     "prune-ranks": "prune_ranks:PruneRanks",
     "quantize-nf4": "quantize_nf4:QuantizeNf4",
+    "replay-dropout": "replay_dropout:ReplayDropout",
+    "stack-adapters": "stack_adapters:StackAdapters",
 }
 
 

@@ -6,7 +6,8 @@ may. Shapes and dtypes lie in `meta["example_value"]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,41 @@ _STATEFUL = {
 }  # fmt: skip
 
 
+def draws(node: fx.Node) -> bool:
+    """Is it a random number, another one at each call?"""
+    target = operator_of(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.startswith(("rand", "normal", "bernoulli", "multinomial", "poisson")) or "dropout" in name
+
+
+class Order:
+    """Where the nodes of a graph are when it is made, and what lies between."""
+
+    def __init__(self, graph: fx.Graph):
+        self._place = {node: index for index, node in enumerate(graph.nodes)}
+        self._barriers = [index for node, index in self._place.items() if writes(node)]
+
+    def __getitem__(self, node: fx.Node) -> int:
+        return self._place[node]
+
+    def written(self, first: fx.Node, last: fx.Node) -> bool:
+        """Does a node between the two write?"""
+        return bisect_right(self._barriers, self[first]) < bisect_left(self._barriers, self[last])
+
+    def ahead(self, nodes: Iterable[fx.Node], anchor: fx.Node) -> list[fx.Node]:
+        """What computes `nodes`, as far as it does not lie before `anchor`, in order."""
+        needed: set[fx.Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if self[node] >= self[anchor] and node not in needed:
+                needed.add(node)
+                waiting += node.all_input_nodes
+        return sorted(needed, key=self.__getitem__)
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Erase what nobody uses, but for what writes. (`eliminate_dead_code` takes in-place methods for pure ones.)"""
     for node in reversed(graph.nodes):
@@ -137,7 +173,7 @@ def same(one: Any, other: Any) -> bool:
             return True
         if one.op != other.op or one.target != other.target or one.op not in ("call_function", "call_method"):
             return False
-        return not writes(one) and same(one.args, other.args) and same(one.kwargs, other.kwargs)
+        return not writes(one) and not draws(one) and same(one.args, other.args) and same(one.kwargs, other.kwargs)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict) and isinstance(other, dict):

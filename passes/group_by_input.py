@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from lrcompile.lowered.group import AdaptedGroup, Member, Role
+from lrcompile.lowered.dropout import ReplayedLora
+from lrcompile.lowered.group import AdaptedGroup
+from lrcompile.lowered.members import Member, Role
+from lrcompile.lowered.operands import Operands
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Linear, drop_dead, linear_at, operator_of, same, value, writes
+from lrcompile.passes.captured import Linear, Order, drop_dead, linear_at, operator_of, same, trains, value
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -30,15 +33,19 @@ class GroupByInput(Pass[fx.GraphModule]):
 
     def apply(self, subject: fx.GraphModule) -> Result:
         graph, refusals, found = subject.graph, [], []
+        order = Order(graph)
         for node in graph.nodes:
-            if operator_of(node) in (LORA, PROJECT):
-                site = _site(node)
+            if operator_of(node) in (LORA, PROJECT) or isinstance(node.target, ReplayedLora):
+                site = _site(node, order)
                 if isinstance(site, _Site):
                     found.append(site)
                 else:
                     refusals.append(Refusal(node.name, site))
-        groups = _grouped(graph, found)
-        for group in groups:
+        groups = _grouped(order, found)
+        ahead = [order.ahead(_operands(group), group[0].node) for group in groups]
+        for group, nodes in reversed(list(zip(groups, ahead, strict=True))):  # a node two need goes to the earlier one
+            for node in nodes:
+                group[0].node.prepend(node)
             _lower(graph, group)
         if groups:
             drop_dead(graph)
@@ -55,9 +62,11 @@ class _Site:
     A: fx.Node
     B: fx.Node
     scale: fx.Node | None
+    p: float = 0.0
+    seed: fx.Node | None = None
 
 
-def _site(node: fx.Node) -> _Site | str:
+def _site(node: fx.Node, order: Order) -> _Site | str:
     y = node.args[0]
     linear = linear_at(y)
     if linear is None:
@@ -66,75 +75,61 @@ def _site(node: fx.Node) -> _Site | str:
         return "another node sees the base's output"
     if node.args[1] is not linear.x:
         return "the adapter and the base have different inputs"
-    if operator_of(node) is LORA:
-        _, _, A, B, scale, p = (*node.args, 0.0)[:6]
-        if p:
-            return f"dropout {p} is active"
-        if value(A).dim() != 2:
-            return "its factors are a stack"
-        return _Site(node, linear, "pair", A, B, scale)  # type: ignore[arg-type]
-    _, _, Z, P, right = node.args
-    return _Site(node, linear, "right", P, Z, None) if right else _Site(node, linear, "left", Z, P, None)  # type: ignore[arg-type]
+    if order.written(linear.nodes[0], node):
+        return "tensors or modes may change between the base and the adapter"
+    if operator_of(node) is PROJECT:
+        _, _, Z, P, right = node.args
+        return _Site(node, linear, "right", P, Z, None) if right else _Site(node, linear, "left", Z, P, None)  # type: ignore[arg-type]
+    p, seed = (node.target.p, node.args[5]) if isinstance(node.target, ReplayedLora) else (0.0, None)
+    A, B, scale = node.args[2:5]
+    if not p and len(node.args) > 5 and node.args[5]:
+        return f"dropout {node.args[5]} is active"
+    if value(A).dim() != 2:
+        return "its factors are a stack"
+    if trains(scale):  # type: ignore[arg-type]
+        return "its scale trains"
+    return _Site(node, linear, "pair", A, B, scale, p, seed)  # type: ignore[arg-type]
 
 
-def _grouped(graph: fx.Graph, sites: Sequence[_Site]) -> list[list[_Site]]:
+def _grouped(order: Order, sites: Sequence[_Site]) -> list[list[_Site]]:
     """Sites of one input, as far as all can be computed where the first is."""
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    barriers = [place[node] for node in graph.nodes if writes(node)]
-    groups: list[list[_Site]] = []
+    by_input: dict[fx.Node, list[list[_Site]]] = {}
+    nodes = {site.node for site in sites}
     for site in sites:
+        groups = by_input.setdefault(site.linear.x, [])
         for group in groups:
-            first, last = place[group[0].node], place[site.node]
-            apart = any(first < barrier < last for barrier in barriers)
-            if group[0].linear.x is site.linear.x and not apart and _ahead(site, group, place) is not None:
+            anchor = group[0].node
+            if not order.written(anchor, site.node) and nodes.isdisjoint(order.ahead(_operands([site]), anchor)):
                 group.append(site)
                 break
         else:
             groups.append([site])
-    return groups
+    return sorted((group for groups in by_input.values() for group in groups), key=lambda each: order[each[0].node])
 
 
-def _ahead(site: _Site, group: Sequence[_Site], place: dict[fx.Node, int]) -> list[fx.Node] | None:
-    """The nodes behind the group's first that `site` needs, in order; None if one of them needs the group."""
-    first = place[group[0].node]
-    needed: set[fx.Node] = set()
-    waiting = [node for node in _operands(site) if node is not None]
-    while waiting:
-        node = waiting.pop()
-        if place[node] > first and node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-        elif any(node is each.node for each in group):
-            return None
-    return sorted(needed, key=place.__getitem__)
-
-
-def _operands(site: _Site) -> tuple[fx.Node | None, ...]:
-    return (*site.linear.held, site.linear.bias, site.A, site.B, site.scale)
+def _operands(sites: Sequence[_Site]) -> list[fx.Node]:
+    found = [(*each.linear.held, each.linear.bias, each.A, each.B, each.scale, each.seed) for each in sites]
+    return [node for operands in found for node in operands if node is not None]
 
 
 def _lower(graph: fx.Graph, group: Sequence[_Site]) -> None:
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    anchor = group[0].node
-    for site in group[1:]:
-        for node in _ahead(site, group[:1], place) or ():
-            anchor.prepend(node)
     codes: list[_Site] = []
-    for site in sorted(group, key=lambda each: ("pair", "right", "left").index(each.role)):
+    for site in group:
         if _code_of(site, codes) is None:
             codes.append(site)
     members = tuple(Member(each.linear.base, _index(each, codes), each.role) for each in group)
-    lowered = AdaptedGroup(members, len(codes))
-    operands = lowered.operands(
-        [each.linear.held for each in group],
+    lowered = AdaptedGroup(members, tuple(each.p for each in codes))
+    operands = Operands(
+        [list(each.linear.held) for each in group],
         [each.linear.bias for each in group],
         [each.B for each in group],
         [each.scale for each in group],
         [each.A for each in codes],
+        [each.seed for each in codes],
     )
     outputs: tuple[Any, ...] = tuple(value(each.node) for each in group)
-    with graph.inserting_before(anchor):
-        node = graph.call_function(lowered, (group[0].linear.x, *operands))
+    with graph.inserting_before(group[0].node):
+        node = graph.call_function(lowered, (group[0].linear.x, *operands.flat()))
         node.meta = {"example_value": outputs}
         for index, each in enumerate(group):
             result = graph.call_function(operator.getitem, (node, index))
@@ -150,7 +145,7 @@ def _code_of(site: _Site, codes: Sequence[_Site]) -> int | None:
     """Which code `site` reads, or can share: one of the same A, if what it adds to the gradient of A may be summed."""
 
     def shared(other: _Site) -> bool:
-        return other.role == site.role != "left" and same(other.A, site.A)
+        return other.role == site.role != "left" and not (other.p or site.p) and same(other.A, site.A)
 
     return next((index for index, other in enumerate(codes) if other is site or shared(other)), None)
 

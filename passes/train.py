@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from lrcompile.passes.group_by_input import GroupByInput
+from lrcompile.passes.order_contractions import OrderContractions
 from lrcompile.passes.pipeline import Pipeline
+from lrcompile.passes.replay_dropout import ReplayDropout
+from lrcompile.passes.stack_adapters import StackAdapters
 
 
 def train() -> Pipeline:
     """The passes that the backend runs on every graph and on every body in it."""
-    return Pipeline((GroupByInput(),))
+    return Pipeline((StackAdapters(), ReplayDropout(), GroupByInput(), OrderContractions()))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from lrcompile.kernels.dropout import mask
+
 
 def dropped(x: Tensor, p: float, A: Tensor) -> Tensor:
     """drop(x), of which A takes the product: zero with probability p, x/(1 − p) otherwise.
@@ -16,7 +18,7 @@ def dropped(x: Tensor, p: float, A: Tensor) -> Tensor:
     With a frozen parameter A only the gradient of x needs the mask, and a seed stands for it, drawn from torch's CPU
     generator, which `torch.manual_seed` and checkpointing rule over. A trained A has drop(x) kept anyway. Whether a
     gradient is wanted now does not matter, since a checkpoint asks for none at first and draws again later. Graphs
-    under capture have plain dropout: what they keep is their partitioner's choice, and a seed were a constant there.
+    under capture have plain dropout, since a seed were a constant there; `replay-dropout` gives them one of their own.
     """
     frozen = isinstance(A, nn.Parameter) and not A.requires_grad
     if not frozen or detect_fake_mode([x]) is not None:
@@ -29,7 +31,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, p: float, seed: int) -> Tensor:
-        return x * _mask(x, p, seed)
+        return x * mask(x, p, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
@@ -37,14 +39,4 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * _mask(grad, ctx.p, ctx.seed), None, None
-
-
-def _mask(like: Tensor, p: float, seed: int) -> Tensor:
-    """0 or 1/(1 − p), by shape and seed alone: laid out in order whatever the strides of `like` are."""
-    if like.is_meta:
-        return torch.empty_like(like)
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return (
-        torch.empty(like.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
-    )
+        return grad * mask(grad, ctx.p, ctx.seed), None, None

@@ -1,0 +1,126 @@
+"""The gradients of a group of maps (see `group`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
+from lrcompile.kernels.lora_group import ops as ops
+from lrcompile.lowered.bases import BACKWARD
+from lrcompile.lowered.forward import scaled, stack
+from lrcompile.lowered.members import Wanted
+from lrcompile.lowered.operands import Operands
+
+Maybe = Sequence[Tensor | None]
+
+
+def gradients(
+    wanted: Wanted, given: Operands, x: Any, S: Maybe, Ms: Maybe, dys: Sequence[Tensor]
+) -> tuple[Tensor | None, Operands]:
+    """dx and the gradients of the operands, None for those that are not wanted."""
+    members = len(dys)
+    found = Operands(
+        [[None] * len(held) for held in given.held],
+        [dy.sum(0) if wants else None for dy, wants in zip(dys, wanted.each.biases, strict=True)],
+        [None] * members,
+        [None] * members,
+        [None] * wanted.group.codes,
+        [None] * wanted.group.codes,
+    )
+    dS = _through_expands(wanted, given, S, dys, found)
+    _of_A(wanted, given, x, dS, found)
+    _through_weights(wanted, given, x, dys, found)
+    dx = _of_x(wanted, given, Ms, dS, dys) if wanted.x else None
+    return dx, found
+
+
+def _through_expands(
+    wanted: Wanted, given: Operands, S: Sequence[Any], dys: Sequence[Tensor], found: Operands
+) -> list[Any]:
+    """dS of each code, and dB of each member, as far as a gradient needs them."""
+    group, dtype = wanted.group, dys[0].dtype
+    dS: list[Any] = [None] * group.codes
+    for i, (member, dy) in enumerate(zip(group.members, dys, strict=True)):
+        code, scale = member.code, given.scales[i]
+        wants_dS, wants_dB = wanted.dS(code), wanted.each.Bs[i] and not member.order.by_weight
+        part = None
+        if wants_dS and wants_dB:
+            B = scaled(given.Bs[i], scale, dtype)
+            part, dB = torch.ops.lrcompile_kernels.factor_gradients(dy, B, S[code])
+            found.Bs[i] = _times(dB, scale)
+        elif wants_dS:
+            part = dy @ scaled(given.Bs[i], scale, dtype)
+        elif wants_dB:
+            found.Bs[i] = _times(dy.t() @ S[code], scale)
+        if part is not None:
+            dS[code] = part if dS[code] is None else dS[code] + part
+    return dS
+
+
+def _of_A(wanted: Wanted, given: Operands, x: Any, dS: Sequence[Any], found: Operands) -> None:
+    """dA = dSᵀ·x for all codes without dropout at once."""
+    group = wanted.group
+    trained = [code for code in range(group.codes) if wanted.dA_by_codes(code)]
+    plain = [code for code in trained if not group.drops[code]]
+    if plain:
+        together = stack([dS[code] for code in plain], 1).t() @ x
+        for code, dA in zip(plain, together.split([dS[code].shape[1] for code in plain]), strict=True):
+            found.As[code] = dA
+    for code in trained:
+        if group.drops[code]:
+            found.As[code] = dS[code].t() @ _drop(x, given.seeds[code], group.drops[code])
+
+
+def _through_weights(wanted: Wanted, given: Operands, x: Any, dys: Sequence[Tensor], found: Operands) -> None:
+    """dB = s·G·Aᵀ and dA = (sB)ᵀ·G of the members that form G = dyᵀ·x."""
+    for i, (member, dy) in enumerate(zip(wanted.group.members, dys, strict=True)):
+        if wanted.G(i):
+            G = dy.t() @ x
+            if wanted.each.Bs[i]:
+                found.Bs[i] = _times(G @ given.As[member.code].to(dy.dtype).t(), given.scales[i])
+            if wanted.each.As[member.code]:
+                found.As[member.code] = scaled(given.Bs[i], given.scales[i], dy.dtype).t() @ G
+
+
+def _of_x(wanted: Wanted, given: Operands, Ms: Maybe, dS: Sequence[Any], dys: Sequence[Tensor]) -> Tensor:
+    """dx = Σ dyᵢ·Wᵢ + dS·A: the products of one dtype in one buffer, those under dropout added to it."""
+    group, dtype = wanted.group, dys[0].dtype
+    xs: list[Tensor] = []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for member, held, M, dy in zip(group.members, given.held, Ms, dys, strict=True):
+        W = (member.base.matrix(held, member.base.computes_in(dtype), BACKWARD) if M is None else M).t()
+        if W.dtype == dtype:
+            xs, matrices = [*xs, dy], [*matrices, W]
+        else:
+            others.append((dy.to(W.dtype) @ W).to(dtype))
+    acting = [code for code in range(group.codes) if group.acts(code)]
+    plain = [code for code in acting if not group.drops[code]]
+    if plain:
+        xs = [*xs, stack([dS[code] for code in plain], 1)]
+        matrices = [*matrices, stack([given.As[code].to(dtype) for code in plain])]
+    others += [
+        _drop(dS[code] @ given.As[code].to(dtype), given.seeds[code], group.drops[code])
+        for code in acting
+        if group.drops[code]
+    ]
+    dx = torch.ops.lrcompile_kernels.sum_of_products(xs, matrices, None) if xs else others.pop()
+    for other in others:
+        dx = dx + other
+    return dx
+
+
+def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return torch.ops.lrcompile_kernels.drop(x, seed, p, dropout_ops.BACKWARD)
+
+
+def _times(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    """s·gradient, in the wider of the two dtypes."""
+    if scale is None:
+        return gradient
+    wide = torch.promote_types(gradient.dtype, scale.dtype)
+    return gradient.to(wide) * scale.to(wide)
