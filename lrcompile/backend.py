@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrcompile.duplicating import duplicate
 from lrcompile.errors import SpecError
+from lrcompile.lowered.constants import WithConstants
+from lrcompile.passes.base import Pass, Result
 from lrcompile.passes.captured import bodies
+from lrcompile.passes.hoist_constants import constants
 from lrcompile.passes.train import train
 
 log = logging.getLogger(__name__)
@@ -28,22 +32,29 @@ def lrcompile(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    record: Callable[[Pass, Result], None] | None = None,
 ) -> Compiled:
-    """Rewrite `graph` in place and compile it. `mode` and `options` are Inductor's; the option `inner` names another
+    """Rewrite a copy of `graph` and compile it. `mode` and `options` are Inductor's; the option `inner` names another
     Dynamo backend to hand over to (`aot_eager`, say), which then receives no mode and no other option.
+    `record` is told what each pass did.
 
     Raises SpecError for an inner compiler that does not exist, or that is this one.
     """
     options = dict(options or {})
     inner = options.pop("inner", "inductor")
-    for body in bodies(graph):
-        for each in train():
-            result = each.apply(body)
+    graph = duplicate(graph)
+    for each in train():
+        for subject in [graph] if each.whole else bodies(graph):
+            result = each.apply(subject)
+            if record is not None:
+                record(each, result)
             for refusal in result.refusals:
                 log.info("%s left %s as it is: %s", each, refusal.node, refusal.reason)
             if result.modified:
                 log.info("%s rewrote %d", each, result.count)
-    return _inner(inner, mode, options)(graph, example_inputs)
+    added = constants(graph)
+    compiled = _inner(inner, mode, options)(graph, [*example_inputs, *(each.example for each in added)])
+    return WithConstants(compiled, added) if added else compiled
 
 
 def _inner(name: str, mode: str | None, options: dict[str, Any]) -> Compiled:

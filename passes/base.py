@@ -117,6 +117,8 @@ class Pass(ABC, Generic[Subject]):
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = "export"
+    whole: ClassVar[bool] = False
+    """Of the dynamo stage: it rewrites a graph together with the bodies that it calls, not each by itself."""
     preserves: ClassVar[Equivalence]
     tolerance: ClassVar[float] = 0.0
     """Of an `approximate` pass: the largest error it may cause in a tensor, in a unit its docstring gives."""
