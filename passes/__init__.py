@@ -35,6 +35,7 @@ _BUILT_IN = {
     "fold-scale": "fold_scale:FoldScale",
     "fuse-input-gains": "fuse_input_gains:FuseInputGains",
     "group-by-input": "group_by_input:GroupByInput",
+    "hoist-constants": "hoist_constants:HoistConstants",
     "merge-adapters": "merge_adapters:MergeAdapters",
     "merge-gains": "merge_gains:MergeGains",
     "merge-hadamard": "merge_hadamard:MergeHadamard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lrcompile.passes.group_by_input import GroupByInput
+from lrcompile.passes.hoist_constants import HoistConstants
 from lrcompile.passes.order_contractions import OrderContractions
 from lrcompile.passes.pipeline import Pipeline
 from lrcompile.passes.replay_dropout import ReplayDropout
@@ -11,4 +12,4 @@ from lrcompile.passes.stack_adapters import StackAdapters
 
 def train() -> Pipeline:
     """The passes that the backend runs on every graph and on every body in it."""
-    return Pipeline((StackAdapters(), ReplayDropout(), GroupByInput(), OrderContractions()))
+    return Pipeline((HoistConstants(), StackAdapters(), ReplayDropout(), GroupByInput(), OrderContractions()))
