@@ -22,6 +22,7 @@ _HOME = {
     "Report": "reporting",
     "optimizer": "optim",
     "LoraRite": "optim",
+    "compile": "compiling",
     "aux_loss": "auxiliary",
     "merge": "merging",
     "unmerge": "merging",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from lrcompile.auxiliary import aux_loss as aux_loss
     from lrcompile.checkpoints import load as load
     from lrcompile.checkpoints import save as save
+    from lrcompile.compiling import compile as compile
     from lrcompile.converting import Conversion as Conversion
     from lrcompile.converting import to_lora as to_lora
     from lrcompile.errors import AdapterError as AdapterError

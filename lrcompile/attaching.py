@@ -15,6 +15,7 @@ from lrcompile.errors import AdapterError, MergeError, SpecError
 from lrcompile.hosting import restore, swap
 from lrcompile.matching import Matched
 from lrcompile.names import beginnings
+from lrcompile.padding import widen
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part
 from lrcompile.residuals import refuse_unfoldable, settle
@@ -177,6 +178,7 @@ def _place(model: nn.Module, state: State, name: str, built: Built, quantize_bas
         if site.slot not in slots:
             slots[site.slot] = AdapterSet()
         slots[site.slot].attach(name, adapter)
+        widen(adapter, state.max_rank)
         if adapter.training is not host.training:
             adapter.train(host.training)
         mixin = sites.host_mixin(site)

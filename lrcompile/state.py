@@ -56,6 +56,8 @@ class State:
     """Has a backward pass gone through the auxiliary loss since the last optimizer step?"""
     aux_hook: RemovableHandle | None = None
     """What adds it to the model's output."""
+    max_rank: int | None = None
+    """What compiled graphs pad the ranks of adapters to (None: they do not)."""
     suspended: int = 0
     """How many `disabled` blocks are open."""
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lrcompile.errors import AdapterError, MergeError
 from lrcompile.held import Held, exchange
+from lrcompile.padding import refuse_wider
 from lrcompile.recipes import recipe
 from lrcompile.residuals import refuse_beside_residuals, settle
 from lrcompile.sites.graph_rule import insert_adapters
@@ -40,6 +41,7 @@ def activate(
         require_name(state, name)
     if state.merged:
         raise MergeError("the model is merged; call lrcompile.unmerge(model) before changing which adapters are active")
+    refuse_wider(model, state, chosen, state.max_rank)
     refuse_beside_residuals(model, state, chosen)
     state.trained.show(model, chosen)
     state.active = chosen

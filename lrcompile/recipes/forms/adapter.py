@@ -78,6 +78,8 @@ class Adapter(nn.Module):
     weight: float
     """What `activate` gave the adapter."""
     scale: Tensor
+    width: int | None = None
+    """The rank that compiled graphs pad the factors to (None: none)."""
     ruled_by: str | None = None
     """The method whose step rules its tensors need."""
     folded = False

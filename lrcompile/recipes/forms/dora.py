@@ -53,7 +53,7 @@ class DoraAdapter(Hosted, LoraAdapter):
             dropped = F.dropout(x, p, True)
             less = self.base_product(host, x - dropped)
             x, kept = dropped, less if kept is None else less + kept.to(less.dtype)
-        y = torch.ops.lrcompile.lora.default(y, x, self.A, self.B, self.scale, 0.0)
+        y = torch.ops.lrcompile.lora.default(y, x, *self.operands(), self.scale, 0.0)
         return torch.ops.lrcompile.gain.default(y, g, kept)
 
     def gain(self, host: nn.Module) -> Tensor:

@@ -22,7 +22,7 @@ class HadamardAdapter(Hosted, LoraAdapter):
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         assert host is not None  # linear layers hand themselves over
         return torch.ops.lrcompile.hadamard.default(
-            y, x, self.A, self.B, self.scale, self.base_weight(host), self.probability
+            y, x, *self.operands(), self.scale, self.base_weight(host), self.probability
         )
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:

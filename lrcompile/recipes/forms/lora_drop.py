@@ -101,12 +101,12 @@ class MeasuredLora(LoraAdapter):
 
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         A = self._counted(lambda: self._energy(_code(x, self.A), self.B))
-        return torch.ops.lrcompile.lora.default(y, x, A, self.B, self.scale, self.probability)
+        return torch.ops.lrcompile.lora.default(y, x, *self.padded(A, self.B), self.scale, self.probability)
 
     def rows(self, y: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
         B = self.B[start:stop]
         A = self._counted(lambda: self._energy(_code(x, self.A), B))
-        return torch.ops.lrcompile.lora.default(y, x, A, B, self.scale, self.probability)
+        return torch.ops.lrcompile.lora.default(y, x, *self.padded(A, B), self.scale, self.probability)
 
     def experts(self, y: Tensor, x: Tensor, index: Tensor | int) -> Tensor:
         if isinstance(index, int):
@@ -114,12 +114,12 @@ class MeasuredLora(LoraAdapter):
             return torch.ops.lrcompile.lora.default(y, x, A[index], self.B[index], self.scale, self.probability)
         op = torch.ops.lrcompile.lora_experts.default
         A = self._counted(lambda: _square(op(torch.zeros_like(y), x, self.A, self.B, self.scale, index)))
-        return op(y, x, A, self.B, self.scale, index, self.probability)
+        return op(y, x, *self.padded(A, self.B), self.scale, index, self.probability)
 
     def lookup(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         A = self._counted(lambda: self._energy(F.embedding(ids, self.A.mT), self.B))
         pad = -1 if padding_idx is None else padding_idx
-        return torch.ops.lrcompile.lora_embedding.default(y, ids, A, self.B, self.scale, pad)
+        return torch.ops.lrcompile.lora_embedding.default(y, ids, *self.padded(A, self.B), self.scale, pad)
 
     def _counted(self, measure: Callable[[], Tensor]) -> Tensor:
         """A, whose gradient passes by the energy while it is measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
@@ -32,25 +33,35 @@ class LowRank(Adapter):
         """
         return self.factors() if type(self).change is LowRank.change else None
 
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """The factors as the op takes them."""
+        return self.padded(*self.factors())
+
+    def padded(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B, in a compiled graph with zeros up to `width` ranks."""
+        if self.width is None or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return A, B
+        return F.pad(A, (0, 0, 0, self.width - A.shape[-2])), F.pad(B, (0, self.width - B.shape[-1]))
+
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
-        A, B = self.factors()
+        A, B = self.operands()
         return torch.ops.lrcompile.lora.default(y, x, A, B, self.scale, self.probability)
 
     def rows(self, y: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
         """The part of the map that produces output rows start…stop, where one weight stacks several maps (q, k, v)."""
-        A, B = self.factors()
+        A, B = self.operands()
         return torch.ops.lrcompile.lora.default(y, x, A, B[start:stop], self.scale, self.probability)
 
     def experts(self, y: Tensor, x: Tensor, index: Tensor | int) -> Tensor:
         """The map of the stack that each row is routed to: `index` is one expert for all rows, or one for each."""
-        A, B = self.factors()
+        A, B = self.operands()
         if isinstance(index, int):
             return torch.ops.lrcompile.lora.default(y, x, A[index], B[index], self.scale, self.probability)
         return torch.ops.lrcompile.lora_experts.default(y, x, A, B, self.scale, index, self.probability)
 
     def lookup(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """The map applied to one-hot rows given by index, as an embedding does."""
-        A, B = self.factors()
+        A, B = self.operands()
         pad = -1 if padding_idx is None else padding_idx
         return torch.ops.lrcompile.lora_embedding.default(y, ids, A, B, self.scale, pad)
 

@@ -1,0 +1,64 @@
+"""The backend that `compile` hands to torch: the registered one, with a memory budget and an account of what it did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch._functorch.config as autograd
+from torch import fx
+
+from lrcompile.backend import Compiled, lrcompile
+from lrcompile.passes.base import Pass, Result
+from lrcompile.passes.captured import bodies, operator_of
+
+
+@dataclass
+class Graph:
+    """One captured graph: how many operations it had, how many of adapters, and what each pass made of them."""
+
+    operations: int
+    adapters: int
+    results: list[tuple[str, Result]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        done: Counter[str] = Counter()
+        left: dict[tuple[str, str], list[str]] = {}
+        for name, result in self.results:
+            done[name] += result.count
+            for refusal in result.refusals:
+                left.setdefault((name, refusal.reason), []).append(refusal.node)
+        parts = [f"{self.operations} operations, {self.adapters} of adapters"]
+        parts += [f"{name}: {count}" for name, count in done.items() if count]
+        parts += [f"{name} left {len(nodes)}, as {reason} ({_some(nodes)})" for (name, reason), nodes in left.items()]
+        return "; ".join(parts)
+
+
+def _some(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:3]) + (", …" if len(nodes) > 3 else "")
+
+
+@dataclass
+class Rewriting:
+    """A Dynamo backend. Equal ones may serve each other's compiled graphs, so what they differ in is compared."""
+
+    mode: str | None = None
+    options: dict[str, Any] | None = None
+    memory_budget: float | None = None
+    graphs: list[Graph] = field(default_factory=list, compare=False)
+
+    __name__ = "lrcompile"
+
+    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        nodes = [node for body in bodies(graph) for node in body.graph.nodes if node.op.startswith("call_")]
+        ours = [node for node in nodes if str(operator_of(node)).startswith("lrcompile.")]
+        self.graphs.append(Graph(len(nodes), len(ours)))
+        budget: Any = autograd
+        with nullcontext() if self.memory_budget is None else budget.patch(activation_memory_budget=self.memory_budget):
+            return lrcompile(graph, example_inputs, mode=self.mode, options=self.options, record=self._record)
+
+    def _record(self, each: Pass, result: Result) -> None:
+        self.graphs[-1].results.append((each.name, result))
