@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
 from lrcompile.passes.captured import Order, operator_of, value
@@ -95,8 +96,8 @@ def _stack(graph: fx.Graph, chain: Sequence[fx.Node]) -> None:
 def _call(graph: fx.Graph, function: Any, *args: Any) -> fx.Node:
     """A node with the fake value of its result."""
     values = fx.map_arg(args, lambda node: node.meta["example_value"])
-    fake = detect_fake_mode([each for each in values if isinstance(each, Tensor)] or list(values[0]))
-    assert fake is not None
+    # that of the values: Dynamo has put another in force by the time a backend is called
+    fake = next(each.fake_mode for each in tree_leaves(values) if isinstance(each, FakeTensor))
     node = graph.call_function(function, args)
     with fake:
         node.meta = {"example_value": function(*values)}
