@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from lrcompile.errors import LrcompileError
+from lrcompile.kernel_tools import tuning
+from lrcompile.kernel_tools.compiling import usage, usages
 from lrcompile.kernel_tools.launches import config
-from lrcompile.kernel_tools.shapes import ShapeClass, shape_class
-from lrcompile.kernel_tools.tuning import LARGEST_FILE, MARGIN, Tuner, Unfit, Way, folder, random_like
+from lrcompile.kernel_tools.shapes import ShapeClass, shape_class, storage
+from lrcompile.kernel_tools.tuning import LARGEST_FILE, MARGIN, Tuner, Unfit, Way, folder, noise_like, run_fastest
 
 CPU = torch.device("cpu")
 ONE = shape_class("op", torch.bfloat16, 100, (7, 9), (3,), CPU)
 OTHER = shape_class("op", torch.bfloat16, 100, (7, 10), (3,), CPU)
-NAMES = ("aten", "small", "large")
 
 
 class Bench:
@@ -26,19 +31,27 @@ class Bench:
     def __init__(self, **times: float | None):
         self.times, self.measured = times, 0
 
-    def prepare(self) -> dict[str, Way]:
-        self.measured += 1
-        return {name: lambda name=name: name for name in self.times}  # type: ignore[misc]
+    def ways(self) -> dict[str, Way]:
+        return {name: partial(self.named, name) for name in self.times}
 
-    def timer(self, way: Way) -> float:
-        time = self.times[str(way())]
+    @staticmethod
+    def named(name: str, *arguments: object) -> str:
+        return name
+
+    def timer(self, run: Callable[[], object]) -> float:
+        self.measured += 1
+        time = self.times[str(run())]
         if time is None:
             raise Unfit("too much shared memory")
         return time
 
 
-def choose(bench: Bench, path: Path | None, shapes: ShapeClass = ONE, names: tuple[str, ...] = NAMES) -> str:
-    return Tuner(path, bench.timer).choose(shapes, names, bench.prepare)
+def choose(tuner: Tuner, bench: Bench, shapes: ShapeClass = ONE) -> str:
+    return tuner.choose(shapes, bench.ways, (torch.empty(2, 2),))()
+
+
+def fresh(bench: Bench, path: Path | None, shapes: ShapeClass = ONE) -> str:
+    return choose(Tuner(path, bench.timer), bench, shapes)
 
 
 @pytest.fixture
@@ -49,40 +62,40 @@ def stored(tmp_path: Path) -> Path:
 def test_the_fastest_way_is_chosen_and_measured_once():
     bench = Bench(aten=3.0, small=2.0, large=1.0)
     tuner = Tuner(None, bench.timer)
-    assert [tuner.choose(ONE, NAMES, bench.prepare) for _ in range(3)] == ["large"] * 3
-    assert bench.measured == 1
+    assert [choose(tuner, bench) for _ in range(3)] == ["large"] * 3
+    assert bench.measured == 3  # each way once
 
 
 @pytest.mark.parametrize(("time", "chosen"), [(1 - MARGIN * 0.9, "aten"), (1 - MARGIN * 1.1, "small")])
 def test_a_gain_within_the_margin_leaves_the_fallback(time: float, chosen: str):
-    assert choose(Bench(aten=1.0, small=time, large=2.0), None) == chosen
+    assert fresh(Bench(aten=1.0, small=time, large=2.0), None) == chosen
 
 
 def test_a_way_the_device_cannot_run_is_passed_over():
-    assert choose(Bench(aten=3.0, small=2.0, large=None), None) == "small"
+    assert fresh(Bench(aten=3.0, small=2.0, large=None), None) == "small"
 
 
 def test_each_shape_class_has_its_own_choice(stored: Path):
-    assert choose(Bench(aten=3.0, small=2.0, large=1.0), stored, ONE) == "large"
-    assert choose(Bench(aten=3.0, small=1.0, large=2.0), stored, OTHER) == "small"
+    assert fresh(Bench(aten=3.0, small=2.0, large=1.0), stored, ONE) == "large"
+    assert fresh(Bench(aten=3.0, small=1.0, large=2.0), stored, OTHER) == "small"
     again = Bench(aten=0.0, small=9.0, large=9.0)
-    assert choose(again, stored, ONE) == "large"
-    assert choose(again, stored, OTHER) == "small"
+    assert fresh(again, stored, ONE) == "large"
+    assert fresh(again, stored, OTHER) == "small"
     assert again.measured == 0
 
 
 def test_without_a_timer_nothing_is_measured_and_what_was_stored_still_counts(stored: Path):
     bench = Bench(aten=3.0, small=2.0, large=1.0)
-    choose(bench, stored, ONE)
+    fresh(bench, stored, ONE)
     silent = Tuner(stored, None)
-    assert silent.choose(ONE, NAMES, bench.prepare) == "large"
-    assert silent.choose(OTHER, NAMES, bench.prepare) == "aten"
-    assert bench.measured == 1
+    assert choose(silent, bench, ONE) == "large"
+    assert choose(silent, bench, OTHER) == "aten"
+    assert bench.measured == 3
 
 
 def test_a_stored_name_that_no_longer_exists_is_measured_anew(stored: Path):
-    choose(Bench(aten=3.0, small=2.0, large=1.0), stored)
-    assert choose(Bench(aten=3.0, small=2.0), stored, names=("aten", "small")) == "small"
+    fresh(Bench(aten=3.0, small=2.0, large=1.0), stored)
+    assert fresh(Bench(aten=3.0, small=2.0), stored) == "small"
     assert json.loads(stored.read_text())["choices"] == {str(ONE): "small"}
 
 
@@ -97,15 +110,15 @@ def test_a_stored_name_that_no_longer_exists_is_measured_anew(stored: Path):
 def test_a_foreign_or_broken_file_is_as_if_absent_and_then_replaced(stored: Path, content: bytes):
     stored.parent.mkdir()
     stored.write_bytes(content)
-    assert choose(Bench(aten=3.0, small=2.0, large=1.0), stored) == "large"
+    assert fresh(Bench(aten=3.0, small=2.0, large=1.0), stored) == "large"
     assert json.loads(stored.read_text()) == {"schema": 1, "choices": {str(ONE): "large"}}
 
 
 def test_two_processes_keep_each_others_choices(stored: Path):
     bench = Bench(aten=3.0, small=2.0, large=1.0)
     first, second = Tuner(stored, bench.timer), Tuner(stored, bench.timer)
-    first.choose(ONE, NAMES, bench.prepare)
-    second.choose(OTHER, NAMES, bench.prepare)
+    choose(first, bench, ONE)
+    choose(second, bench, OTHER)
     assert set(json.loads(stored.read_text())["choices"]) == {str(ONE), str(OTHER)}
 
 
@@ -114,16 +127,56 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_pa
     bench = Bench(aten=3.0, small=2.0, large=1.0)
     tuner = Tuner(tmp_path / "file" / "kernels.json", bench.timer)
     with pytest.warns(UserWarning, match="LRCOMPILE_CACHE"):
-        assert tuner.choose(ONE, NAMES, bench.prepare) == "large"
-    assert tuner.choose(OTHER, NAMES, bench.prepare) == "large"  # and says it once
+        assert choose(tuner, bench, ONE) == "large"
+    assert choose(tuner, bench, OTHER) == "large"  # and says it once
 
 
 def test_a_failing_kernel_is_an_error_and_not_a_slow_one():
-    def broken(way: Way) -> float:
+    def broken(run: Callable[[], object]) -> float:
         raise RuntimeError("an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        Tuner(None, broken).choose(ONE, NAMES, Bench(aten=1.0, small=1.0, large=1.0).prepare)
+        choose(Tuner(None, broken), Bench(aten=1.0, small=1.0, large=1.0))
+
+
+def test_where_memory_does_not_hold_the_noise_the_fallback_runs_and_nothing_is_kept(stored: Path):
+    def full(run: Callable[[], object]) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert choose(Tuner(stored, full), Bench(aten=1.0, small=1.0, large=1.0)) == "aten"
+    assert not stored.exists()
+
+
+def test_the_only_way_is_never_measured_and_a_choice_may_lie_within_a_way():
+    alone = Bench(aten=3.0)
+    tuner = Tuner(None, alone.timer)
+    assert choose(tuner, alone) == "aten"
+    assert alone.measured == 0
+
+    inner = Bench(aten=3.0, small=2.0)
+    tuner = Tuner(None, inner.timer)
+    ways: dict[str, Way] = {
+        "each": lambda *arguments: choose(tuner, inner, OTHER),
+        "aten": partial(Bench.named, "aten"),
+    }
+    assert tuner.choose(ONE, lambda: ways, ())() == "small"
+
+
+def test_what_runs_gets_the_arguments_and_what_is_measured_gets_noise(monkeypatch: pytest.MonkeyPatch):
+    seen: list[torch.Tensor] = []
+
+    def way(x: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    def timer(run: Callable[[], object]) -> float:
+        run()
+        return 1.0
+
+    monkeypatch.setattr(tuning, "tuner", lambda: Tuner(None, timer))
+    x = torch.zeros(3, 4)
+    assert run_fastest(ONE, lambda: {"a": way, "b": way}, x, [None, x]) is x
+    assert [bool(tensor.any()) for tensor in seen] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -157,12 +210,21 @@ def test_ranks_count_as_the_kernels_pad_them():
     assert classes(1) == classes(16) != classes(17)
 
 
+def test_storage_says_in_which_order_matrices_load_in_vectors():
+    matrix = torch.empty(32, 48)
+    assert (
+        storage((matrix, matrix.t(), matrix[:, 16:32], matrix[:, 1:17], torch.empty(32, 5), matrix[:, ::2])) == "rcrxxx"
+    )
+    assert storage((torch.empty(1, 1).expand(16, 16),)) == "x"
+
+
 def test_random_data_keeps_storage_order_and_the_users_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    noise, codes = random_like([torch.empty(4, 6).t(), torch.empty(50, dtype=torch.uint8)])
+    noise, (codes, nothing) = noise_like([torch.empty(4, 6).t(), (torch.empty(50, dtype=torch.uint8), None)])
     assert noise.stride() == (1, 6)
+    assert nothing is None
     assert noise.std() > 0.3
     assert codes.unique().numel() > 10
     assert torch.equal(torch.rand(3), expected)
@@ -170,6 +232,49 @@ def test_random_data_keeps_storage_order_and_the_users_generator():
 
 def test_a_configuration_prints_as_what_it_is():
     assert str(config(8, 3, BLOCK_T=128, BLOCK_K=64)) == "BLOCK_T=128 BLOCK_K=64 warps=8 stages=3"
+
+
+SPILLING = """
+import torch, triton, triton.language as tl
+from lrcompile.kernel_tools.launches import Launch, config
+
+@triton.jit
+def centred(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    tl.store(y + i, value - tl.sum(value) / BLOCK)
+
+def ahead_of_time(capability):
+    x, y = torch.empty(2, 16384, device="meta")
+    some = {block: config(1, 1, BLOCK=block) for block in (256, 16384)}
+    return {str(block): Launch(centred, (1,), {"x": x, "y": y}, some[block]) for block in some}
+"""
+
+
+def test_registers_and_spills_are_read_from_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    (tmp_path / "spilling.py").write_text(SPILLING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = usages("spilling", 80)
+    assert found["256"].stack == 0
+    assert found["256"].registers < 64
+    assert found["16384"].stack > 1000  # 512 values a thread, which holds 255
+
+
+def test_a_module_that_does_not_compile_is_an_error_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.py").write_text(SPILLING.replace("tl.sum(value)", "no_such_thing(value)"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(LrcompileError, match="no_such_thing"):
+        usages("broken", 80)
+
+
+def test_an_interpreted_kernel_is_refused_and_the_way_out_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    (tmp_path / "interpreted.py").write_text(SPILLING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    launch = importlib.import_module("interpreted").ahead_of_time(80)["256"]
+    with pytest.raises(LrcompileError, match="TRITON_INTERPRET=1"):
+        usage(launch, 80)
 
 
 def test_without_triton_everything_but_the_kernels_themselves_imports():

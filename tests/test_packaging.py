@@ -135,11 +135,13 @@ print("torch" in sys.modules)"""
 
 
 def module_names() -> list[str]:
-    """Every module of the package; `fused` ones need Triton, `__main__` would run."""
+    """Every module of the package; `fused…` ones need Triton, `__main__` would run."""
     found = []
     for folder, _, files in os.walk(ROOT / "lrcompile", followlinks=True):
         prefix = ".".join(Path(folder).relative_to(ROOT).parts)
-        stems = {Path(file).stem for file in files if file.endswith(".py")} - {"fused", "__main__"}
+        stems = {Path(file).stem for file in files if file.endswith(".py") and not file.startswith("fused")} - {
+            "__main__"
+        }
         found += [prefix if stem == "__init__" else f"{prefix}.{stem}" for stem in stems]
     return sorted(found)
 

@@ -1,18 +1,31 @@
 """`lrcompile_kernels::group_products` and `group_gradients`: as in `lora_linear`, for maps that share their input.
 
-They have no autograd of their own: only functions of `lrcompile.lowered` call them, where a backward is written.
+They have no autograd of their own: only functions of `lrcompile.lowered` call them, where a backward is written. On a
+CUDA device each is what was measured to be fastest there: a map at a time, or one launch for all low-rank pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lrcompile.kernels.lora_linear.ops import LIBRARY, factor_gradients, sum_of_products
+from lrcompile.kernel_tools.shapes import capability, shape_class, storage
+from lrcompile.kernel_tools.tuning import Way, run_fastest
+from lrcompile.kernels.lora_linear.ops import (
+    LARGEST_RANK,
+    LIBRARY,
+    factor_gradients,
+    fastest_factor_gradients,
+    fastest_sum_of_products,
+    for_triton,
+    fp32_precision,
+    sum_of_products,
+)
 
 LIBRARY.define("group_products(Tensor x, Tensor[] Ws, Tensor?[] biases, Tensor[] Ss, Tensor[] Bs) -> Tensor[]")
 LIBRARY.define("group_gradients(Tensor[] dys, Tensor[] Bs, Tensor[] Ss) -> (Tensor[], Tensor[])")
@@ -29,6 +42,38 @@ def group_products(
     """
     each = zip(Ws, biases, Ss, Bs, strict=True)
     return [sum_of_products((x, S), (W.t(), B.t()), bias) for W, bias, S, B in each]
+
+
+@torch.library.impl(LIBRARY, "group_products", "CUDA")
+def fastest_group_products(
+    x: Tensor, Ws: Sequence[Tensor], biases: Sequence[Tensor | None], Ss: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> list[Tensor]:
+    given = "".join("-" if bias is None else "b" for bias in biases)
+    op = f"group_products {given} {storage((x, *Ws, *Ss, *Bs))} {fp32_precision()}"
+    widths = (x.shape[1], *(W.shape[0] for W in Ws))
+    shape = shape_class(op, x.dtype, x.shape[0], widths, tuple(B.shape[1] for B in Bs), x.device)
+    return run_fastest(shape, partial(ways_to_multiply, x, Ws, biases, Ss, Bs), x, Ws, biases, Ss, Bs)
+
+
+def ways_to_multiply(
+    x: Tensor, Ws: Sequence[Tensor], biases: Sequence[Tensor | None], Ss: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> Mapping[str, Way]:
+    """Each map by itself, in its fastest way; or cuBLAS for the wide products and one launch that adds the narrow."""
+    ways: dict[str, Way] = {"each": _each_product}
+    rows_contiguous = all(matrix.stride(1) == 1 for matrix in (*Ss, *Bs))
+    if for_triton((x, *Ws, *Ss, *Bs)) and rows_contiguous and max(B.shape[1] for B in Bs) <= LARGEST_RANK:
+        from lrcompile.kernels.lora_group import fused
+
+        known = fused.configs(capability(x.device), x.dtype, len(Ws))
+        ways |= {str(config): partial(fused.group_products, config=config) for config in known}
+    return ways
+
+
+def _each_product(
+    x: Tensor, Ws: Sequence[Tensor], biases: Sequence[Tensor | None], Ss: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> list[Tensor]:
+    each = zip(Ws, biases, Ss, Bs, strict=True)
+    return [fastest_sum_of_products((x, S), (W.t(), B.t()), bias) for W, bias, S, B in each]
 
 
 @torch.library.register_fake("lrcompile_kernels::group_products", lib=LIBRARY)
@@ -49,6 +94,34 @@ def group_gradients(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """dSᵢ = dyᵢ·Bᵢ and dBᵢ = dyᵢᵀ·Sᵢ for every i, from one reading of each dyᵢ where a kernel can."""
     both = [factor_gradients(dy, B, S) for dy, B, S in zip(dys, Bs, Ss, strict=True)]
+    return [dS for dS, _ in both], [dB for _, dB in both]
+
+
+@torch.library.impl(LIBRARY, "group_gradients", "CUDA")
+def fastest_group_gradients(
+    dys: Sequence[Tensor], Bs: Sequence[Tensor], Ss: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    op = f"group_gradients {storage((*dys, *Bs, *Ss))} {fp32_precision()}"
+    widths, ranks = tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs)
+    shape = shape_class(op, dys[0].dtype, dys[0].shape[0], widths, ranks, dys[0].device)
+    return run_fastest(shape, partial(ways_to_differentiate, dys, Bs, Ss), dys, Bs, Ss)
+
+
+def ways_to_differentiate(dys: Sequence[Tensor], Bs: Sequence[Tensor], Ss: Sequence[Tensor]) -> Mapping[str, Way]:
+    """Each map by itself, in its fastest way; or one launch for all."""
+    ways: dict[str, Way] = {"each": _each_gradient}
+    if for_triton((*dys, *Bs, *Ss)):
+        from lrcompile.kernels.lora_linear import fused_gradients as fused
+
+        known = fused.configs(capability(dys[0].device), dys, Bs, Ss)
+        ways |= {str(config): partial(fused.factor_gradients, config=config) for config in known}
+    return ways
+
+
+def _each_gradient(
+    dys: Sequence[Tensor], Bs: Sequence[Tensor], Ss: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    both = [fastest_factor_gradients(dy, B, S) for dy, B, S in zip(dys, Bs, Ss, strict=True)]
     return [dS for dS, _ in both], [dB for _, dB in both]
 
 

@@ -1,16 +1,26 @@
 """`lrcompile_kernels::sum_of_products` and `factor_gradients`: the two products around a low-rank pair.
 
-They have no autograd of their own: only functions of `lrcompile.lowered` call them, where a backward is written.
+They have no autograd of their own: only functions of `lrcompile.lowered` call them, where a backward is written. On a
+CUDA device each is what was measured to be fastest there: aten's products, or a Triton kernel of this folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from lrcompile.kernel_tools.shapes import capability, shape_class, storage
+from lrcompile.kernel_tools.tuning import Way, run_fastest
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What the Triton kernels multiply."""
+MOST_PRODUCTS = 5
+LARGEST_RANK = 256
 
 LIBRARY = torch.library.Library("lrcompile_kernels", "FRAGMENT")
 
@@ -31,6 +41,37 @@ def sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | N
     return y
 
 
+@torch.library.impl(LIBRARY, "sum_of_products", "CUDA")
+def fastest_sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    op = f"sum_of_products{'' if bias is None else ' + b'} {storage((*xs, *Ms))} {fp32_precision()}"
+    shape = shape_class(op, xs[0].dtype, xs[0].shape[0], (*(M.shape[0] for M in Ms), Ms[0].shape[1]), (), xs[0].device)
+    return run_fastest(shape, partial(ways_to_sum, xs, Ms, bias), xs, Ms, bias)
+
+
+def ways_to_sum(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Mapping[str, Way]:
+    """aten, and the configurations of the kernel where the last product is narrow and there are not too many."""
+    ways: dict[str, Way] = {"aten": sum_of_products}
+    operands = [*xs, *Ms] if bias is None else [*xs, *Ms, bias]
+    if 2 <= len(xs) <= MOST_PRODUCTS and xs[-1].shape[1] <= LARGEST_RANK and for_triton(operands):
+        from lrcompile.kernels.lora_linear import fused
+
+        known = fused.configs(capability(xs[0].device), xs, Ms)
+        ways |= {str(config): partial(fused.sum_of_products, config=config) for config in known}
+    return ways
+
+
+def for_triton(operands: Sequence[Tensor]) -> bool:
+    """Whether the kernels take these: where they run, of one dtype that they multiply, none empty."""
+    first = operands[0]
+    same = all(operand.dtype == first.dtype and operand.numel() > 0 for operand in operands)
+    return same and first.dtype in FLOATS and capability(first.device) > 0
+
+
+def fp32_precision() -> str:
+    """What the user allows of float32 products; part of a shape class, since it decides how fast they are."""
+    return torch.backends.cuda.matmul.fp32_precision
+
+
 @torch.library.register_fake("lrcompile_kernels::sum_of_products", lib=LIBRARY)
 def _(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     return xs[0].new_empty(xs[0].shape[0], Ms[0].shape[1])
@@ -48,6 +89,24 @@ def factor_gradients(dy: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     dy `[rows, out]`, B `[out, rank]`, S `[rows, rank]`; dS as S, dB as B.
     """
     return dy @ B, dy.t() @ S
+
+
+@torch.library.impl(LIBRARY, "factor_gradients", "CUDA")
+def fastest_factor_gradients(dy: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    op = f"factor_gradients {storage((dy, B, S))} {fp32_precision()}"
+    shape = shape_class(op, dy.dtype, dy.shape[0], (dy.shape[1],), (B.shape[1],), dy.device)
+    return run_fastest(shape, partial(ways_to_differentiate, dy, B, S), dy, B, S)
+
+
+def ways_to_differentiate(dy: Tensor, B: Tensor, S: Tensor) -> Mapping[str, Way]:
+    """aten, and the configurations of the kernel: of a group of one map."""
+    ways: dict[str, Way] = {"aten": factor_gradients}
+    if for_triton((dy, B, S)):
+        from lrcompile.kernels.lora_linear import fused_gradients as fused
+
+        known = fused.configs(capability(dy.device), (dy,), (B,), (S,))
+        ways |= {str(config): partial(fused.factor_gradients_of_one, config=config) for config in known}
+    return ways
 
 
 @torch.library.register_fake("lrcompile_kernels::factor_gradients", lib=LIBRARY)

@@ -5,8 +5,8 @@ configuration its tuner may choose on that target, for the shapes it was written
 
     python -m lrcompile.kernel_tools.compiling lrcompile.kernels.lora_linear.fused --capability 90 --every 4
 
-prints one JSON object, `{name: {registers, stack, shared}}`. It needs Triton but neither GPU nor driver, and it must
-be a process of its own where kernels are otherwise interpreted (TRITON_INTERPRET is read when they are decorated).
+prints one JSON object, `{name: {registers, stack, shared, wgmma}}`. It needs Triton but neither GPU nor driver, and it
+must be a process of its own where kernels are otherwise interpreted (TRITON_INTERPRET is read when they are decorated).
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class Usage:
     """Of one thread: registers, and bytes of stack, which is where spilled registers go. Of one program: shared bytes.
 
     `stack` is 0 exactly where nothing spilled: these kernels have no arrays, calls or recursion that would need one.
+    `wgmma`: whether products use Hopper's own instructions; with the older ones it stays well below its peak.
     """
 
     registers: int
     stack: int
     shared: int
+    wgmma: bool
 
 
 def usage(launch: Launch, capability: int) -> Usage:
@@ -69,7 +71,7 @@ def usage(launch: Launch, capability: int) -> Usage:
     source = ASTSource(launch.kernel, described.signature, described.constants, described.attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, stack = _resources(binary.asm["cubin"])
-    return Usage(registers, stack, binary.metadata.shared)
+    return Usage(registers, stack, binary.metadata.shared, "wgmma" in binary.asm["ptx"])
 
 
 class _Described:

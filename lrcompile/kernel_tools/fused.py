@@ -62,12 +62,6 @@ def padded(rank: int, widest: int) -> int:
     return min(max(triton.next_power_of_2(rank), 16), widest)
 
 
-def aligned(matrix: Tensor) -> bool:
-    """Whether its rows, or its columns, lie contiguous and begin at multiples of 16 elements, so that vectors load."""
-    small, large = sorted(matrix.stride())
-    return small == 1 and large % 16 == 0 and matrix.storage_offset() * matrix.itemsize % 16 == 0
-
-
 def rows_of(matrices: Sequence[Tensor]) -> tuple[int, ...]:
     """How far apart the rows of each lie."""
     return tuple(matrix.stride(0) for matrix in matrices)

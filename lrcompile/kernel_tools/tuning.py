@@ -15,8 +15,9 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ MARGIN = 0.02
 LARGEST_FILE = 1 << 22
 """Bytes of a file of choices that are read; some ten thousand shape classes."""
 
-Way = Callable[[], object]
-Timer = Callable[[Way], float]
+Way = Callable[..., Any]
+"""One of several functions that compute the same from the same arguments."""
+Timer = Callable[[Callable[[], object]], float]
 
 
 class Unfit(LrcompileError):
@@ -50,26 +52,35 @@ class Tuner:
         self._path = path
         self._timer = timer
         self._stored = {} if path is None else _read(path)
-        self._chosen: dict[ShapeClass, str] = {}
-        self._measuring = threading.Lock()
+        self._chosen: dict[ShapeClass, Way] = {}
+        # Reentrant: a way may itself be a choice among others.
+        self._measuring = threading.RLock()
 
-    def choose(self, shape_class: ShapeClass, names: Sequence[str], prepare: Callable[[], Mapping[str, Way]]) -> str:
-        """The name of the fastest of the ways `prepare()` makes, one for each of `names`.
+    def choose(self, shape_class: ShapeClass, ways: Callable[[], Mapping[str, Way]], arguments: Sequence[Any]) -> Way:
+        """The fastest of `ways()`, by name, on noise in the place of `arguments`; asked for only where none is kept.
 
-        `names[0]` is the fallback, which runs where nothing else is faster by `MARGIN`. `prepare` is called only to
-        measure: it makes random data. A stored name that is none of `names` (of another version) is measured anew.
-        Nothing is measured while a CUDA graph is recorded: the fallback is recorded then, unless a choice exists.
+        The first is the fallback, which runs where nothing else is faster by `MARGIN`. A stored name that is none of
+        `ways` (of another version) is measured anew. Nothing is measured while a CUDA graph is recorded, and nothing
+        kept where the device's memory does not hold the noise: then the fallback runs.
         """
-        chosen = self._chosen.get(shape_class) or self._stored.get(str(shape_class))
-        if chosen is not None and chosen in names:
-            self._chosen[shape_class] = chosen
+        chosen = self._chosen.get(shape_class)
+        if chosen is not None:
             return chosen
+        named = ways()
+        fallback = next(iter(named))
+        name = fallback if len(named) == 1 else self._stored.get(str(shape_class), "")
+        if name in named:
+            return self._chosen.setdefault(shape_class, named[name])
         if self._timer is None or _recording():
-            return names[0]
+            return named[fallback]
         with self._measuring:
             if shape_class not in self._chosen:
-                self._chosen[shape_class] = _fastest(prepare(), names, self._timer)
-                self._store(str(shape_class), self._chosen[shape_class])
+                try:
+                    name = _fastest(named, arguments, self._timer)
+                except torch.OutOfMemoryError:
+                    return named[fallback]
+                self._chosen[shape_class] = named[name]
+                self._store(str(shape_class), name)
         return self._chosen[shape_class]
 
     def _store(self, key: str, name: str) -> None:
@@ -90,12 +101,13 @@ class Tuner:
             )
 
 
-def _fastest(ways: Mapping[str, Way], names: Sequence[str], timer: Timer) -> str:
-    fallback, *others = names
-    times = {fallback: timer(ways[fallback]) * (1 - MARGIN)}
+def _fastest(ways: Mapping[str, Way], arguments: Sequence[Any], timer: Timer) -> str:
+    fallback, *others = ways
+    noise = noise_like(arguments)
+    times = {fallback: timer(functools.partial(ways[fallback], *noise)) * (1 - MARGIN)}
     for name in others:
         try:
-            times[name] = timer(ways[name])
+            times[name] = timer(functools.partial(ways[name], *noise))
         except Unfit:
             continue
     return min(times, key=times.__getitem__)
@@ -120,14 +132,14 @@ def _read(path: Path) -> dict[str, str]:
     return choices
 
 
-def milliseconds(way: Way) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """Median time of one call on the current CUDA device, its L2 cache cleared before each."""
     require("triton", "gpu")
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     try:
-        return do_bench(way, warmup=10, rep=50, return_mode="median")
+        return do_bench(run, warmup=10, rep=50, return_mode="median")
     except (OutOfResources, PTXASError) as error:
         raise Unfit(str(error)) from error
 
@@ -148,13 +160,31 @@ def folder() -> Path:
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "lrcompile"
 
 
-def random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Noise in the same shapes, dtypes and storage orders, integers of any size; the user's generators are left alone.
+def noise_like(value: Any) -> Any:
+    """Noise in the shape, dtype and storage order of every tensor in `value`, integers of any size; the rest as it is.
 
-    Zeros, which fresh factors are, would be timed too fast: a GPU draws less power on them and clocks higher.
+    Zeros, which fresh factors are, would be timed too fast: a GPU draws less power on them and clocks higher. The
+    user's generators are left alone.
     """
-    generator = torch.Generator(tensors[0].device).manual_seed(0)
-    fresh = [torch.empty_like(tensor) for tensor in tensors]
-    for tensor in fresh:
-        tensor.normal_(generator=generator) if tensor.is_floating_point() else tensor.random_(generator=generator)
-    return fresh
+    if isinstance(value, (list, tuple)):
+        return [noise_like(inner) for inner in value]
+    if not isinstance(value, Tensor):
+        return value
+    generator = torch.Generator(value.device).manual_seed(0)
+    noise = torch.empty_like(value)
+    return noise.normal_(generator=generator) if value.is_floating_point() else noise.random_(generator=generator)
+
+
+def run_fastest(shape_class: ShapeClass, ways: Callable[[], Mapping[str, Way]], *arguments: Any) -> Any:
+    """What the fastest of `ways()` returns for `arguments`, on the device of the first tensor among them."""
+    # Triton launches on the current device, whatever device its tensors are on.
+    with torch.cuda.device_of(next(_tensors(arguments))):
+        return tuner().choose(shape_class, ways, arguments)(*arguments)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)

@@ -1,0 +1,25 @@
+"""Tensors within NaN, for kernels: a read out of bounds makes a result NaN, and so does an element never written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def within_nan(tensor: Tensor, margin: int = 16) -> Tensor:
+    """The same values as a view into a larger tensor of NaN: NaN before, after and between its rows."""
+    larger = torch.full([size + 2 * margin for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = larger[tuple(slice(margin, margin + size) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A contiguous output, every element NaN."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def bound_ratio(value: Tensor, exact: Tensor | None, magnitude: Tensor) -> float:
+    """max |value − exact| / (u·magnitude), u the unit roundoff of value's dtype; NaN counts as infinite."""
+    assert exact is not None
+    ratio = (value.double() - exact).abs() / (magnitude * torch.finfo(value.dtype).eps / 2)
+    return float(ratio.nan_to_num(nan=torch.inf).max())
