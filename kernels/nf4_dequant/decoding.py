@@ -28,14 +28,19 @@ def dynamic(device: torch.device) -> Tensor:
 
 @triton.jit
 def block_maxima(block, absmax, absmax_scale, absmax_offset, dynamic):
-    """m of the blocks of these numbers, which all exist; d[code]·scale + offset where the maxima are quantized too."""
-    held = tl.load(absmax + block)
+    """m of the blocks of these numbers, all of which exist."""
+    return decoded_maxima(tl.load(absmax + block), block, absmax_scale, absmax_offset, dynamic)
+
+
+@triton.jit
+def decoded_maxima(held, block, absmax_scale, absmax_offset, dynamic):
+    """d[code]·scale + offset where the maxima are quantized too, else what is held."""
     if absmax_scale is not None:
         scale = tl.load(absmax_scale + block // MAXIMA_OF_A_SCALE)
         held = tl.load(dynamic + held.to(tl.int32)) * scale + tl.load(absmax_offset)
     return held
 
 
-def word_aligned(codes: Tensor) -> Tensor:
-    """The codes where kernels may read them four bytes at a time: almost always where they are."""
-    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
+def word_aligned(tensor: Tensor) -> Tensor:
+    """The same where kernels may read it sixteen bytes at a time: almost always where it is."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -7,6 +7,8 @@ come at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,9 @@ from torch import Tensor
 from lrcompile.kernel_tools.fused import rounded
 from lrcompile.kernel_tools.launches import Config, Launch, config
 from lrcompile.kernels.nf4_dequant.decoding import block_maxima, codebook, dynamic, word_aligned
+from lrcompile.kernels.nf4_dequant.ops import FLOATS
 from lrcompile.kernels.nf4_dequant.storage import Nf4, nf4_shapes
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CONFIGS = (config(4, 1, WORDS=128, REPEAT=4), config(4, 1, WORDS=128, REPEAT=8), config(8, 1, WORDS=256, REPEAT=4))
 
 
@@ -59,6 +61,16 @@ def launch(nf4: Nf4, block_size: int, weight: Tensor, config: Config) -> Launch:
     grid = (triton.cdiv(weight.numel(), 8 * blocks["WORDS"] * blocks["REPEAT"]),)
     # A multiplication and an addition fused into one would round the maxima otherwise than the reference does.
     return Launch(_dequantize, grid, arguments, config, fuse_multiply_add=False)
+
+
+def dequantized(
+    stored: Sequence[Tensor | None], rows: int, columns: int, block_size: int, dtype: torch.dtype, *, config: Config
+) -> Tensor:
+    """dq(W) `[rows, columns]` in one configuration."""
+    nf4 = Nf4(*stored)  # type: ignore[arg-type]  (a list, so that the tuner may put noise in its place)
+    weight = nf4.codes.new_empty((rows, columns), dtype=dtype)
+    launch(nf4, block_size, weight, config)()
+    return weight
 
 
 def ahead_of_time(capability: int) -> dict[str, Launch]:

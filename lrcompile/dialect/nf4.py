@@ -13,38 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lrcompile.dialect import LIBRARY
 from lrcompile.kernels.nf4_dequant import Nf4, Tables
-from lrcompile.kernels.nf4_dequant.checking import checked_storage
-from lrcompile.kernels.nf4_dequant.storage import kept_tables
 from lrcompile.kernels.nf4_linear import nf4_linear as reference
+from lrcompile.kernels.nf4_linear.ops import SCHEMA, fake, flops
 
-LIBRARY.define(
-    "nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
-    "int out_features, int in_features, int block_size, bool transposed, ScalarType compute_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _checked(
-    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
-    bias: Tensor | None, out_features: int, in_features: int, block_size: int,
-) -> Nf4:  # fmt: skip
-    """The same refusals from the kernel and from its fake."""
-    torch._check(x.is_floating_point(), lambda: f"nf4_linear: x is {x.dtype}, expected a floating dtype")
-    torch._check(x.dim() > 0, lambda: "nf4_linear: x is 0-d, expected [..., in_features]")
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"nf4_linear: x is {tuple(x.shape)}, expected [..., {in_features}] (in_features)",
-    )
-    torch._check(
-        bias is None or bias.shape == (out_features,),
-        lambda: f"nf4_linear: bias is {tuple(bias.shape) if bias is not None else None}, expected ({out_features},)",
-    )
-    return checked_storage(
-        "nf4_linear", codes, absmax, absmax_scale, absmax_offset, out_features, in_features, block_size
-    )
+LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def nf4_linear_aten(
@@ -64,26 +40,13 @@ def nf4_linear_aten(
 
 
 @torch.library.impl(LIBRARY, "nf4_linear", "CompositeExplicitAutograd")
-def _kernel(
-    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
-    bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
-    compute_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    nf4 = _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
-    constants: Tables | None = None if x.is_meta else kept_tables(codes.device)
-    return reference(
-        x, nf4, bias, out_features, in_features, block_size, transposed, compute_dtype, constants=constants
-    )  # fmt: skip
+def _kernel(*args: Any) -> Tensor:
+    """Once autograd and autocast are done, the op is that of the kernels, which knows the ways of each device."""
+    return torch.ops.lrcompile_kernels.nf4_linear(*args)
 
 
-@torch.library.register_fake("lrcompile::nf4_linear", lib=LIBRARY)
-def _fake(
-    x: Tensor, codes: Tensor, absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
-    bias: Tensor | None, out_features: int, in_features: int, block_size: int, transposed: bool,
-    compute_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    _checked(x, codes, absmax, absmax_scale, absmax_offset, bias, out_features, in_features, block_size)
-    return x.new_empty((*x.shape[:-1], out_features))
+torch.library.register_fake("lrcompile::nf4_linear", fake, lib=LIBRARY)
+register_flop_formula(torch.ops.lrcompile.nf4_linear)(flops)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
