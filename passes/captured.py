@@ -29,6 +29,12 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
+def dropout_of(adapter: fx.Node) -> float:
+    """The probability in force at a dialect node that ends with one. A symbolic one becomes a constant, with a guard."""
+    index = len(operator_of(adapter)._schema.arguments) - 1
+    return float(value(adapter.args[index])) if len(adapter.args) > index else 0.0
+
+
 @dataclass(frozen=True)
 class Linear:
     """A frozen linear map: y = xWᵀ + b."""
@@ -85,6 +91,11 @@ def operator_of(node: fx.Node) -> Any:
     """The target of a node, a packet of overloads being its default one."""
     packet = isinstance(node.target, torch._ops.OpOverloadPacket)
     return node.target.default if packet else node.target  # type: ignore[union-attr]
+
+
+def calls(node: Any, *operators: Any) -> bool:
+    """Is it a call of one of them with arguments by position, as all of our own are?"""
+    return isinstance(node, fx.Node) and operator_of(node) in operators and not node.kwargs
 
 
 def _given(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from lrcompile.lowered.group import AdaptedGroup
 from lrcompile.lowered.members import Member, Role
 from lrcompile.lowered.operands import Operands
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Linear, Order, drop_dead, linear_at, operator_of, same, trains, value
+from lrcompile.passes.captured import Linear, Order, calls, drop_dead, dropout_of, linear_at, same, trains, value
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -35,7 +35,7 @@ class GroupByInput(Pass[fx.GraphModule]):
         graph, refusals, found = subject.graph, [], []
         order = Order(graph)
         for node in graph.nodes:
-            if operator_of(node) in (LORA, PROJECT) or isinstance(node.target, ReplayedLora):
+            if calls(node, LORA, PROJECT) or isinstance(node.target, ReplayedLora):
                 site = _site(node, order)
                 if isinstance(site, _Site):
                     found.append(site)
@@ -77,13 +77,13 @@ def _site(node: fx.Node, order: Order) -> _Site | str:
         return "the adapter and the base have different inputs"
     if order.written(linear.nodes[0], node):
         return "tensors or modes may change between the base and the adapter"
-    if operator_of(node) is PROJECT:
+    if calls(node, PROJECT):
         _, _, Z, P, right = node.args
         return _Site(node, linear, "right", P, Z, None) if right else _Site(node, linear, "left", Z, P, None)  # type: ignore[arg-type]
     p, seed = (node.target.p, node.args[5]) if isinstance(node.target, ReplayedLora) else (0.0, None)
     A, B, scale = node.args[2:5]
-    if not p and len(node.args) > 5 and node.args[5]:
-        return f"dropout {node.args[5]} is active"
+    if seed is None and (active := dropout_of(node)):
+        return f"dropout {active} is active"
     if value(A).dim() != 2:
         return "its factors are a stack"
     if trains(scale):  # type: ignore[arg-type]

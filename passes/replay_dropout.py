@@ -11,7 +11,7 @@ from torch._guards import detect_fake_mode
 
 from lrcompile.lowered.dropout import ReplayedLora, seed_on
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import operator_of, value
+from lrcompile.passes.captured import calls, dropout_of, value
 from lrcompile.passes.nodes import LORA
 
 
@@ -32,9 +32,9 @@ class ReplayDropout(Pass[fx.GraphModule]):
     def apply(self, subject: fx.GraphModule) -> Result:
         graph, refusals, count = subject.graph, [], 0
         for node in list(graph.nodes):
-            if operator_of(node) is not LORA or len(node.args) < 6 or not node.args[5]:
+            if not calls(node, LORA) or not (p := dropout_of(node)):
                 continue
-            *operands, p = node.args
+            operands = node.args[:5]
             if value(operands[2]).dim() != 2:
                 refusals.append(Refusal(node.name, "its factors are a stack"))
                 continue

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Order, operator_of, value
+from lrcompile.passes.captured import Order, calls, dropout_of, value
 from lrcompile.passes.nodes import LORA
 
 
@@ -33,10 +33,10 @@ class StackAdapters(Pass[fx.GraphModule]):
         order = Order(graph)
         taken: set[fx.Node] = set()
         for last in reversed(list(graph.nodes)):
-            if operator_of(last) is not LORA or last in taken:
+            if not calls(last, LORA) or last in taken:
                 continue
             chain = [last]
-            while operator_of(below := chain[0].args[0]) is LORA:
+            while calls(below := chain[0].args[0], LORA):
                 if reason := _apart(below, chain[0], order):
                     refusals.append(Refusal(chain[0].name, reason))
                     break
@@ -57,7 +57,7 @@ def _apart(below: fx.Node, above: fx.Node, order: Order) -> str | None:
         return "another node sees the value between two adapters"
     if below.args[1] is not above.args[1]:
         return "two adapters of one site have different inputs"
-    if any(len(each.args) > 5 and each.args[5] for each in (below, above)):
+    if dropout_of(below) or dropout_of(above):
         return "dropout is active: each adapter draws its own mask"
     if any(value(each.args[2]).dim() != 2 for each in (below, above)):
         return "their factors are stacks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def gradients(
 ) -> tuple[Tensor | None, Operands]:
     """dx and the gradients of the operands, None for those that are not wanted."""
     members = len(dys)
+    given = replace(given, Bs=_apart(given.Bs), As=_apart(given.As))
     found = Operands(
         [[None] * len(held) for held in given.held],
         [dy.sum(0) if wants else None for dy, wants in zip(dys, wanted.each.biases, strict=True)],
@@ -36,6 +38,13 @@ def gradients(
     _through_weights(wanted, given, x, dys, found)
     dx = _of_x(wanted, given, Ms, dS, dys) if wanted.x else None
     return dx, found
+
+
+def _apart(factors: Maybe) -> list[Tensor | None]:
+    """The same tensors as views. AOTAutograd would take a cast, scaled or stacked factor of the forward pass for that of
+    the backward pass otherwise, and keep it in between; this way it keeps the factors, which are alive anyway.
+    """
+    return [None if factor is None else factor.view(factor.shape) for factor in factors]
 
 
 def _through_expands(

@@ -5,7 +5,8 @@
     dB = dyᵀ·S, dA = dSᵀ·x, dS = dy·sB     by codes
     dB = s·G·Aᵀ, dA = (sB)ᵀ·G, G = dyᵀ·x   by G:    2Tio + 4ior in their place, for very large ranks
 
-A product takes as long as its arithmetic or its traffic, whichever is more (the roofline); the least sum wins.
+A product takes as long as its arithmetic or its traffic, whichever is more (the roofline); the least sum wins, and the
+default, which keeps no W', against any that is not better by `MARGIN`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Machine:
         return max(product.flops / self.flops, product.elements * dtype.itemsize / self.bytes)
 
 
+MARGIN = 0.05
+"""Of the time of one map. Less is within what the model leaves out: caches, and the expand in a product's epilogue."""
 # Measured rates of one representative of each kind: two cores of a Zen 4 with torch's own products (float64 half of
 # float32), and an H200 with cuBLAS, TF32 off. Only their ratio decides, and a choice is far from even in most shapes.
 MACHINES = {
@@ -125,5 +128,7 @@ ORDERS = tuple(Order(merged, by_weight) for merged in (False, True) for by_weigh
 
 
 def cheapest(shapes: Shapes, machine: Machine, dtype: torch.dtype) -> Order:
-    """The order of least time, the default one where others are no better."""
-    return min(ORDERS, key=lambda order: seconds(shapes, order, machine, dtype))
+    """The order of least time, where that is less than the default's by more than `MARGIN`."""
+    best = min(ORDERS, key=lambda order: seconds(shapes, order, machine, dtype))
+    allowed = (1 - MARGIN) * seconds(shapes, Order(), machine, dtype)
+    return best if seconds(shapes, best, machine, dtype) < allowed else Order()
