@@ -29,7 +29,7 @@ LIMIT = 4
 """Of max|y − y64| / (u·Σ|x||W|): the roundings of y and of the wide product take 2, float32 sums the rest."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = (((1, 18), (3, 1)), ((50, 33, 7), (20, 5, 16)), ((35,), (100,)), ((9,) * 8, (1, 2, 3, 4, 5, 6, 7, 8)))
-"""Widths and ranks: a single column and rank 1, ragged, a group of one with a rank of several steps, as many as a launch takes."""
+"""Widths and ranks: one column, and rank 1; ragged; one map, its rank of several steps; as many as a launch takes."""
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:

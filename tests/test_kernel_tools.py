@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,10 @@ ONE = shape_class("op", torch.bfloat16, 100, (7, 9), (3,), CPU)
 OTHER = shape_class("op", torch.bfloat16, 100, (7, 10), (3,), CPU)
 
 
+def way(name: str, *arguments: object) -> torch.Tensor:
+    return torch.ones(3)
+
+
 class Bench:
     """Ways whose time is written beside them, and a timer that reads it instead of a clock."""
 
@@ -32,22 +37,21 @@ class Bench:
         self.times, self.measured = times, 0
 
     def ways(self) -> dict[str, Way]:
-        return {name: partial(self.named, name) for name in self.times}
-
-    @staticmethod
-    def named(name: str, *arguments: object) -> str:
-        return name
+        return {name: partial(way, name) for name in self.times}
 
     def timer(self, run: Callable[[], object]) -> float:
+        assert isinstance(run, partial)
         self.measured += 1
-        time = self.times[str(run())]
+        time = self.times[run.args[0]]
         if time is None:
             raise Unfit("too much shared memory")
         return time
 
 
 def choose(tuner: Tuner, bench: Bench, shapes: ShapeClass = ONE) -> str:
-    return tuner.choose(shapes, bench.ways, (torch.empty(2, 2),))()
+    chosen = tuner.choose(shapes, bench.ways, (torch.empty(2, 2),))
+    assert isinstance(chosen, partial)
+    return chosen.args[0]
 
 
 def fresh(bench: Bench, path: Path | None, shapes: ShapeClass = ONE) -> str:
@@ -154,18 +158,34 @@ def test_the_only_way_is_never_measured_and_a_choice_may_lie_within_a_way():
     assert alone.measured == 0
 
     inner = Bench(aten=3.0, small=2.0)
-    tuner = Tuner(None, inner.timer)
-    ways: dict[str, Way] = {
-        "each": lambda *arguments: choose(tuner, inner, OTHER),
-        "aten": partial(Bench.named, "aten"),
-    }
-    assert tuner.choose(ONE, lambda: ways, ())() == "small"
+    tuner = Tuner(None, lambda run: float(run() is None))
+    ways: dict[str, Way] = {"aten": lambda: torch.ones(3), "each": lambda: tuner.choose(OTHER, inner.ways, ())()}
+    assert tuner.choose(ONE, lambda: ways, ()) is ways["aten"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refused"),
+    [
+        (lambda y: y + 2**-9 * y.roll(1), False),  # rounding
+        (lambda y: torch.cat([y[:-1], y[-1:] * 0]), True),  # the last tile never written
+        (lambda y: y * torch.tensor([1.0] * 63 + [torch.nan]), True),
+    ],
+)
+def test_a_kernel_that_computes_something_else_on_this_device_is_never_chosen(wrong: Callable, refused: bool):
+    y = torch.linspace(1, 2, 64, dtype=torch.bfloat16)
+    ways: dict[str, Way] = {"aten": lambda x: [y, y], "quick": lambda x: [y, wrong(y).to(y.dtype)]}
+    times = iter([2.0, 1.0])
+    tuner = Tuner(None, lambda run: next(times))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = tuner.choose(ONE, lambda: ways, (y,))
+    assert (chosen is ways["aten"]) == refused == any("'quick' computes something else" in str(w.message) for w in said)
 
 
 def test_what_runs_gets_the_arguments_and_what_is_measured_gets_noise(monkeypatch: pytest.MonkeyPatch):
     seen: list[torch.Tensor] = []
 
-    def way(x: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
+    def seeing(x: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
         seen.append(x)
         return x
 
@@ -175,8 +195,8 @@ def test_what_runs_gets_the_arguments_and_what_is_measured_gets_noise(monkeypatc
 
     monkeypatch.setattr(tuning, "tuner", lambda: Tuner(None, timer))
     x = torch.zeros(3, 4)
-    assert run_fastest(ONE, lambda: {"a": way, "b": way}, x, [None, x]) is x
-    assert [bool(tensor.any()) for tensor in seen] == [True, True, False]
+    assert run_fastest(ONE, lambda: {"a": seeing, "b": seeing}, x, [None, x]) is x
+    assert [bool(tensor.any()) for tensor in seen] == [True] * (len(seen) - 1) + [False]
 
 
 @pytest.mark.parametrize(

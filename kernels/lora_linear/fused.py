@@ -29,7 +29,6 @@ CONFIGS = {
     (90, 2): (
         config(8, 3, BLOCK_T=128, BLOCK_N=256, BLOCK_K=64, GROUP=8),
         config(8, 4, BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP=8),
-        config(4, 4, BLOCK_T=128, BLOCK_N=128, BLOCK_K=64, GROUP=8),
         config(4, 4, BLOCK_T=64, BLOCK_N=128, BLOCK_K=64, GROUP=8),
         config(4, 5, BLOCK_T=16, BLOCK_N=64, BLOCK_K=64, GROUP=1),
     ),

@@ -49,14 +49,15 @@ def fastest_sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Te
 
 
 def ways_to_sum(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Mapping[str, Way]:
-    """aten, and the configurations of the kernel where the last product is narrow and there are not too many."""
+    """aten, and the configurations of both kernels where the last product is narrow and there are not too many."""
     ways: dict[str, Way] = {"aten": sum_of_products}
     operands = [*xs, *Ms] if bias is None else [*xs, *Ms, bias]
     if 2 <= len(xs) <= MOST_PRODUCTS and xs[-1].shape[1] <= LARGEST_RANK and for_triton(operands):
-        from lrcompile.kernels.lora_linear import fused
+        from lrcompile.kernels.lora_linear import fused, fused_tma
 
-        known = fused.configs(capability(xs[0].device), xs, Ms)
-        ways |= {str(config): partial(fused.sum_of_products, config=config) for config in known}
+        for name, kernels in (("pointers", fused), ("tma", fused_tma)):
+            known = kernels.configs(capability(xs[0].device), xs, Ms)
+            ways |= {f"{name} {config}": partial(kernels.sum_of_products, config=config) for config in known}
     return ways
 
 

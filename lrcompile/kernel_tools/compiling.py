@@ -96,11 +96,13 @@ class _Described:
             self.constants[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
-            if specialize and value.storage_offset() * value.itemsize % 16 == 0:
+            if specialize and value.data_ptr() % 16 == 0:
                 self.attributes[path] = DIVISIBLE
             return "*" + DTYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
+        if hasattr(value, "block_shape"):  # a TensorDescriptor, whose module only those who use it import
+            return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
         if specialize and value % 16 == 0:
             self.attributes[path] = DIVISIBLE
         return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -56,6 +56,12 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at a time where one fills a multiprocessor; an H200's where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def storage(tensors: Iterable[Tensor]) -> str:
     """A letter for each matrix: r where rows, c where columns lie contiguous and load in vectors, else x."""
     return "".join("x" if not aligned(tensor) else "r" if tensor.stride(1) == 1 else "c" for tensor in tensors)
@@ -64,4 +70,4 @@ def storage(tensors: Iterable[Tensor]) -> str:
 def aligned(matrix: Tensor) -> bool:
     """Whether its rows, or its columns, lie contiguous and begin at multiples of 16 elements, so that vectors load."""
     small, large = sorted(matrix.stride())
-    return small == 1 and large % 16 == 0 and matrix.storage_offset() * matrix.itemsize % 16 == 0
+    return small == 1 and large % 16 == 0 and matrix.data_ptr() % 16 == 0

@@ -76,7 +76,7 @@ class Tuner:
         with self._measuring:
             if shape_class not in self._chosen:
                 try:
-                    name = _fastest(named, arguments, self._timer)
+                    name = _fastest(shape_class, named, arguments, self._timer)
                 except torch.OutOfMemoryError:
                     return named[fallback]
                 self._chosen[shape_class] = named[name]
@@ -101,16 +101,41 @@ class Tuner:
             )
 
 
-def _fastest(ways: Mapping[str, Way], arguments: Sequence[Any], timer: Timer) -> str:
+def _fastest(shape_class: ShapeClass, ways: Mapping[str, Way], arguments: Sequence[Any], timer: Timer) -> str:
     fallback, *others = ways
     noise = noise_like(arguments)
+    expected = ways[fallback](*noise)
     times = {fallback: timer(functools.partial(ways[fallback], *noise)) * (1 - MARGIN)}
     for name in others:
+        run = functools.partial(ways[name], *noise)
         try:
-            times[name] = timer(functools.partial(ways[name], *noise))
+            times[name] = timer(run)
         except Unfit:
             continue
+        # Compilers, drivers and devices differ: what computes something else here is not to be had at any speed.
+        if not alike(run(), expected):
+            del times[name]
+            warnings.warn(
+                f"{shape_class}: {name!r} computes something else than {fallback!r} on this device and is not used;"
+                " please report it, with the versions of torch, triton and the driver",
+                stacklevel=2,
+            )
     return min(times, key=times.__getitem__)
+
+
+def alike(value: Any, expected: Any) -> bool:
+    """Whether two results differ by no more than the rounding of two orders of summation, as a share of the largest.
+
+    Four units of roundoff in 16 bits, and 2⁻¹⁰ in float32, whose products may be rounded to TF32: what is wrong by a
+    tile or a term is wrong by far more.
+    """
+    if isinstance(expected, (list, tuple)):
+        return all(alike(ours, theirs) for ours, theirs in zip(value, expected, strict=True))
+    if not expected.is_floating_point():
+        return torch.equal(value, expected)
+    share = max(4 * torch.finfo(expected.dtype).eps / 2, 2**-10)
+    ours, theirs = value.float(), expected.float()
+    return bool(((ours - theirs).abs().amax() <= share * theirs.abs().amax()).item())
 
 
 def _recording() -> bool:
