@@ -30,7 +30,7 @@ def value(node: Any) -> Any:
 
 
 def dropout_of(adapter: fx.Node) -> float:
-    """The probability in force at a dialect node that ends with one. A symbolic one becomes a constant, with a guard."""
+    """The probability in force at a dialect node that ends with one. A symbolic one is made constant, with a guard."""
     index = len(operator_of(adapter)._schema.arguments) - 1
     return float(value(adapter.args[index])) if len(adapter.args) > index else 0.0
 

@@ -27,7 +27,7 @@ from lrcompile.lowered.members import Member
 
 SIZES = [(1, 5, 7, 2), (11, 6, 3, 4), (8, 9, 4, 13)]
 WANTED = list(product((True, False), repeat=3))
-T, I, O, R = 2048, 512, 384, 16
+T, IN, OUT, R = 2048, 512, 384, 16
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -52,15 +52,15 @@ def test_a_step_multiplies_exactly_what_the_model_says(size, wanted, order):
 
 
 def test_the_default_is_the_least_for_products_through_the_factors():
-    assert flops(Shapes(T, I, O, R), Order()) == 4 * T * I * O + 6 * T * R * (I + O)
+    assert flops(Shapes(T, IN, OUT, R), Order()) == 4 * T * IN * OUT + 6 * T * R * (IN + OUT)
 
 
 def test_merged_and_through_the_weight_cost_what_theory_says():
-    base = 4 * T * I * O
-    assert flops(Shapes(T, I, O, R), Order(merged=True)) == base + 4 * T * R * (I + O) + 2 * I * O * R
-    assert flops(Shapes(T, I, O, R), Order(True, True)) == base + 2 * T * I * O + 6 * I * O * R
-    split = flops(Shapes(T, I, O, R), Order(by_weight=True))
-    assert split == base + 4 * T * R * (I + O) + 2 * T * I * O + 4 * I * O * R
+    base = 4 * T * IN * OUT
+    assert flops(Shapes(T, IN, OUT, R), Order(merged=True)) == base + 4 * T * R * (IN + OUT) + 2 * IN * OUT * R
+    assert flops(Shapes(T, IN, OUT, R), Order(True, True)) == base + 2 * T * IN * OUT + 6 * IN * OUT * R
+    split = flops(Shapes(T, IN, OUT, R), Order(by_weight=True))
+    assert split == base + 4 * T * R * (IN + OUT) + 2 * T * IN * OUT + 4 * IN * OUT * R
 
 
 @pytest.mark.parametrize("machine", [*MACHINES.values(), Machine(1.0, 1e30), Machine(1e30, 1.0)], ids=str)
@@ -83,13 +83,15 @@ def test_every_order_is_chosen_somewhere_but_the_default_for_small_ranks():
 
 def test_where_memory_is_infinitely_fast_arithmetic_alone_decides():
     """Merged is less arithmetic exactly where rows > io/(i + o)."""
-    even = I * O // (I + O)
-    split, merged = (lambda rows, order=order: flops(Shapes(rows, I, O, R), order) for order in (Order(), Order(True)))
+    even = IN * OUT // (IN + OUT)
+    split, merged = (
+        lambda rows, order=order: flops(Shapes(rows, IN, OUT, R), order) for order in (Order(), Order(True))
+    )
     assert merged(even) > split(even)
     assert merged(even + 1) < split(even + 1)
     machine, many = Machine(1.0, 1e30), 64 * even
-    assert cheapest(Shapes(even, I, O, 4 * R), machine, torch.float32) == Order()
-    assert cheapest(Shapes(many, I, O, 4 * R), machine, torch.float32) == Order(merged=True)
+    assert cheapest(Shapes(even, IN, OUT, 4 * R), machine, torch.float32) == Order()
+    assert cheapest(Shapes(many, IN, OUT, 4 * R), machine, torch.float32) == Order(merged=True)
 
 
 def test_a_product_takes_its_arithmetic_or_its_traffic():
@@ -101,5 +103,5 @@ def test_a_product_takes_its_arithmetic_or_its_traffic():
 
 
 def test_every_product_of_a_list_is_one_of_the_step():
-    assert len(list(products(Shapes(T, I, O, R), Order()))) == 2 + 6
-    assert len(list(products(Shapes(T, I, O, R), Order(merged=True)))) == 2 + 1 + 4
+    assert len(list(products(Shapes(T, IN, OUT, R), Order()))) == 2 + 6
+    assert len(list(products(Shapes(T, IN, OUT, R), Order(merged=True)))) == 2 + 1 + 4

@@ -41,8 +41,8 @@ def gradients(
 
 
 def _apart(factors: Maybe) -> list[Tensor | None]:
-    """The same tensors as views. AOTAutograd would take a cast, scaled or stacked factor of the forward pass for that of
-    the backward pass otherwise, and keep it in between; this way it keeps the factors, which are alive anyway.
+    """The same tensors as views. AOTAutograd would take a cast, scaled or stacked factor of the forward pass for that
+    of the backward pass otherwise, and keep it in between; this way it keeps the factors, which are alive anyway.
     """
     return [None if factor is None else factor.view(factor.shape) for factor in factors]
 
