@@ -27,7 +27,7 @@ def pad(model: nn.Module, max_rank: int | None) -> None:
 
 def widen(adapter: Adapter, max_rank: int | None) -> None:
     """Let graphs pad this adapter's factors, if they are the tensors it holds: others are computed, at their rank."""
-    if pads(adapter):
+    if adapter.width != max_rank and pads(adapter):
         adapter.width = max_rank
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrcompile import walking
 from lrcompile.costing import Cost, cost
 from lrcompile.matching import match
 from lrcompile.recipes import recipe
@@ -27,7 +28,6 @@ from lrcompile.recipes.recipe import part
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.tables import render
-from lrcompile.walking import submodule
 from lrcompile.wording import sized
 
 ADAMW_STATES = 2
@@ -112,7 +112,7 @@ def plan(model: nn.Module, spec: Spec, *, tokens: int = 2048) -> Plan:
     expert_share = _expert_share(model)
     planned = [_planned(site, spec) for site in matched.hit]
     costs = _costs(model, spec, matched.hit, tokens, expert_share)
-    parameters = dict(model.named_parameters())
+    parameters = dict(walking.parameters(model))
     in_full = sum(parameters[name].numel() for name in matched.trained)
     added = sum(site.parameters for site in planned)
     width = _width(spec, parameters.values())
@@ -142,7 +142,7 @@ def _costs(model: nn.Module, spec: Spec, hit: Iterable[Site], tokens: int, exper
     known: dict[Hashable, Cost] = {}
     found = []
     for site in hit:
-        weight = submodule(model, site.host)._parameters.get(site.slot)
+        weight = walking.submodule(model, site.host)._parameters.get(site.slot)
         dtype = weight.dtype if weight is not None else torch.float32
         rows = round(tokens * _used(site, expert_share))
         form = part(str(recipe(spec.method).form)).at(spec, site)

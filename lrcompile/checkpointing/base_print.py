@@ -81,11 +81,9 @@ def _base(model: nn.Module, state: State | None, site: Site) -> tuple[str, list[
         weight = held.data
     elif is_nf4(host):
         return "nf4", [t for t in codes_of(host) if t is not None]
-    elif is_int8(host):
-        weight = getattr(host, site.slot)
     else:
-        weight = model.get_parameter(site.parameter)
-        if state is not None:
+        weight = getattr(host, site.slot)
+        if state is not None and not is_int8(host):
             weight = state.residuals.get(site.parameter, state.trained.base.get(site.parameter, weight))
     return str(weight.dtype).removeprefix("torch."), [weight]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ def _spec(data: Any, path: Path) -> Spec:
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as handle:
-            text = handle.read(_MAX_JSON + 1)
+            text = handle.read(min(os.fstat(handle.fileno()).st_size, _MAX_JSON) + 1)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if len(text) > _MAX_JSON:

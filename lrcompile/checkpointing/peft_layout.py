@@ -90,7 +90,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
     matched = replace(matched, trained=tuple(trained.values()))
     found = places(model, adapted, kind, tensors, checkpoint.config)
     known = set(trained) | {key for place in found for key in place.keys.values()}
-    base = base_tensors(model)
+    base = base_tensors(model) if keys - known else {}
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
     notes += rank_notes(spec, matched.hit) + dtype_notes(model, trained, checkpoint)
     return Plan(spec, matched, found, trained, {}, frozen, tuple(notes))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Plan:
 
 
 def blanks(spec: Spec, hit: tuple[Site, ...], folder: Path) -> dict[str, dict[str, Tensor]]:
-    """By site name: the tensors an adapter of `spec` has there, without memory."""
+    """By site name: the tensors an adapter of `spec` has there, without memory; the same ones at sites of one shape."""
     method = recipe(spec.method)
     if method.form is None:
         return {}
@@ -57,12 +57,17 @@ def blanks(spec: Spec, hit: tuple[Site, ...], folder: Path) -> dict[str, dict[st
             raise AdapterError(f"the adapter in {folder} has rank {rank} at {site.name}; no adapter has")
     form: type[Adapter] = part(method.form)
     shared = form.share(spec, hit, dtype=torch.float32, device=_META)
+    known: dict[Hashable, dict[str, Tensor]] = {}
     out = {}
     for site in hit:
-        adapter = form.build(spec, site, shared, dtype=torch.float32, device=_META)
-        if method.writes_base:
-            expect_writes(adapter, _META)
-        out[site.name] = adapter.state_dict(keep_vars=True)
+        alike = replace(site, name="", host="", slot="", aliases=(), refusal=None, graph=None)
+        key = (form.at(spec, site), alike, spec.rank_of(site.name))
+        if key not in known:
+            adapter = form.build(spec, site, shared, dtype=torch.float32, device=_META)
+            if method.writes_base:
+                expect_writes(adapter, _META)
+            known[key] = adapter.state_dict(keep_vars=True)
+        out[site.name] = known[key]
     return out
 
 
@@ -156,7 +161,7 @@ def refuse_other_base_values(
     model: nn.Module, state: State | None, plan: Plan, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
     """PEFT also writes embeddings (targeted or resized) and buffers: harmless only where they are what the base has."""
-    base = base_tensors(model)
+    base = base_tensors(model) if plan.frozen else {}
     held = state.trained.base if state is not None else {}
     # beside a module trained in full lies its untouched original, and a second copy of what was trained
     copies = {name: key for key, name in plan.trained.items()}

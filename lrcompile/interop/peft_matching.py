@@ -15,12 +15,11 @@ from torch import nn
 
 from lrcompile.interop.peft_config import layers_in, names_in
 from lrcompile.names import Patterns, beginnings, endings, is_name, meant
-from lrcompile.sites import ADAPTERS
 from lrcompile.sites.attention import PACKED
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 from lrcompile.targeting import ALL_LINEAR
-from lrcompile.walking import submodule
+from lrcompile.walking import modules, submodule
 
 _SEQUENCE_HEADS = ("score", "classifier")
 
@@ -36,7 +35,7 @@ class Unit:
 
 
 def module_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules() if name and ADAPTERS not in name.split(".")]
+    return [name for name, _ in modules(model, adapters=False) if name]
 
 
 def as_parameter(site: Site) -> bool:
@@ -114,6 +113,8 @@ def saved_modules(model: nn.Module, entries: Sequence[str]) -> list[str]:
 
 def modules_to_save_for(model: nn.Module, entries: Sequence[str]) -> list[str]:
     """Entries by which PEFT trains what `entries` mean here: to it, "norm" would also mean a "layernorm"."""
+    if not entries:
+        return []
     hit = meant(entries, every := module_names(model))
     ours = [name for name in every if name in hit]
     return list(entries) if saved_modules(model, entries) == ours else ours
@@ -204,7 +205,7 @@ def _all_linear(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
     from lrcompile.sites.linear import conv1d
 
     kinds = (nn.Linear, conv1d()) if conv1d() is not None else (nn.Linear,)
-    names = {name: module for name, module in model.named_modules() if name and ADAPTERS not in name.split(".")}
+    names = {name: module for name, module in modules(model, adapters=False) if name}
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     spared = {name for name, module in names.items() if module is head}
