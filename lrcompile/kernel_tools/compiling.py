@@ -51,9 +51,16 @@ class Usage:
 
 
 def usage(launch: Launch, capability: int) -> Usage:
+    """What `compiled` makes of it needs."""
+    binary = compiled(launch, capability)
+    registers, stack = _resources(binary.asm["cubin"])
+    return Usage(registers, stack, binary.metadata.shared, "wgmma" in binary.asm["ptx"])
+
+
+def compiled(launch: Launch, capability: int) -> Any:
     """Compile `launch` for compute capability `capability` (90 for Hopper) as a run with these arguments would.
 
-    Tensors may be meta tensors, whose storage counts as aligned, as what an allocator returns is. Under
+    The result has the code by stage in `.asm`: "ttgir", "ptx", "cubin", "sass". Tensors may be meta tensors, whose storage counts as aligned, as what an allocator returns is. Under
     TRITON_INTERPRET=1 there is nothing to compile: LrcompileError.
     """
     triton = require("triton", "gpu")
@@ -69,9 +76,7 @@ def usage(launch: Launch, capability: int) -> Usage:
     for parameter in launch.kernel.params:
         described.add(parameter, launch.values[parameter.name])
     source = ASTSource(launch.kernel, described.signature, described.constants, described.attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    registers, stack = _resources(binary.asm["cubin"])
-    return Usage(registers, stack, binary.metadata.shared, "wgmma" in binary.asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
 class _Described:

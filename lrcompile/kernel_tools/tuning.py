@@ -60,8 +60,8 @@ class Tuner:
         """The fastest of `ways()`, by name, on noise in the place of `arguments`; asked for only where none is kept.
 
         The first is the fallback, which runs where nothing else is faster by `MARGIN`. A stored name that is none of
-        `ways` (of another version) is measured anew. Nothing is measured while a CUDA graph is recorded, and nothing
-        kept where the device's memory does not hold the noise: then the fallback runs.
+        `ways` (of another version) is measured anew. While a CUDA graph is recorded, and where the device's memory does
+        not hold the noise, nothing can be measured and nothing is stored: the fallback runs.
         """
         chosen = self._chosen.get(shape_class)
         if chosen is not None:
@@ -71,17 +71,24 @@ class Tuner:
         name = fallback if len(named) == 1 else self._stored.get(str(shape_class), "")
         if name in named:
             return self._chosen.setdefault(shape_class, named[name])
-        if self._timer is None or _recording():
+        if self._timer is None:
+            return self._chosen.setdefault(shape_class, named[fallback])
+        if _recording():
             return named[fallback]
         with self._measuring:
             if shape_class not in self._chosen:
-                try:
-                    name = _fastest(shape_class, named, arguments, self._timer)
-                except torch.OutOfMemoryError:
-                    return named[fallback]
-                self._chosen[shape_class] = named[name]
-                self._store(str(shape_class), name)
+                self._chosen[shape_class] = named[self._measured(shape_class, named, arguments, self._timer)]
         return self._chosen[shape_class]
+
+    def _measured(
+        self, shape_class: ShapeClass, named: Mapping[str, Way], arguments: Sequence[Any], timer: Timer
+    ) -> str:
+        try:
+            name = _fastest(shape_class, named, arguments, timer)
+        except torch.OutOfMemoryError:
+            return next(iter(named))
+        self._store(str(shape_class), name)
+        return name
 
     def _store(self, key: str, name: str) -> None:
         if self._path is None:
