@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from lrcompile.lowered.dropout import ReplayedLora, seed_on
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
@@ -53,9 +52,7 @@ class ReplayDropout(Pass[fx.GraphModule]):
 
 def drawn_seed(graph: fx.Graph, x: Any) -> fx.Node:
     """A seed at the graph's insertion point, on the device of x."""
-    fake = detect_fake_mode([x])
-    assert fake is not None
     node = graph.call_function(seed_on, (x.device,))
-    with fake:
+    with x.fake_mode:
         node.meta = {"example_value": torch.empty((), dtype=torch.int64, device=x.device)}
     return node
