@@ -23,6 +23,7 @@ _HOME = {
     "optimizer": "optim",
     "LoraRite": "optim",
     "compile": "compiling",
+    "compile_step": "stepping",
     "aux_loss": "auxiliary",
     "merge": "merging",
     "unmerge": "merging",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from lrcompile.reporting import report as report
     from lrcompile.specs import Spec as Spec
     from lrcompile.specs import spec as spec
+    from lrcompile.stepping import compile_step as compile_step
     from lrcompile.verification import Limits as Limits
     from lrcompile.verification import Verdict as Verdict
     from lrcompile.verification import verify as verify

@@ -36,7 +36,7 @@ def _forget(key: int, _: object) -> None:
     _watched.pop(key, None)
 
 
-def _refuse_unwired(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def refuse_unwired(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     groups = optimizer.param_groups
     count = sum(len(group["params"]) for group in groups)
     if not _watched or STEPS in groups[0] or _seen.get(optimizer) == count:
@@ -52,4 +52,4 @@ def _refuse_unwired(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _seen[optimizer] = count
 
 
-register_optimizer_step_pre_hook(_refuse_unwired)
+register_optimizer_step_pre_hook(refuse_unwired)

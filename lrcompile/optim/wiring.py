@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lrcompile.errors import AdapterError
-from lrcompile.guarding import STEPS
+from lrcompile.guarding import STEPS, refuse_unwired
 from lrcompile.optim.identity import difference
 from lrcompile.optim.rule import Rule, Step
 
@@ -36,6 +37,26 @@ def wire(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], check: Callabl
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:  # bitsandbytes' calls no hooks
         optimizer.load_state_dict = wiring.hooked(optimizer.load_state_dict)  # type: ignore[method-assign]
     wiring.start()
+
+
+def rules_of(optimizer: torch.optim.Optimizer) -> Sequence[Rule]:
+    """The rules that act at its steps; others were done with when it was made."""
+    rules = [rule for wiring in _wirings(optimizer) for rule in wiring.rules]
+    idle = Rule.before_step, Rule.after_step
+    return [rule for rule in rules if (type(rule).before_step, type(rule).after_step) != idle]
+
+
+def foreign_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Has somebody else registered what is to be called before its steps, or before those of all optimizers?"""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    everywhere = _global_optimizer_pre_hooks.values()
+    return len(hooks) > len(_wirings(optimizer)) or any(hook is not refuse_unwired for hook in everywhere)
+
+
+def _wirings(optimizer: torch.optim.Optimizer) -> list[_Wiring]:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, _Wiring)]
 
 
 class _Wiring:
