@@ -138,7 +138,12 @@ def step(
     return found
 
 
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.t.default, torch.ops.aten.transpose.int}
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.unsqueeze.default,
+}
 
 
 def _viewed(node: fx.Node) -> fx.Node:
