@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +17,12 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
+from zoo.poisoned import flat_within_nan, unwritten
 
+from lrcompile.kernel_tools import tuning
+from lrcompile.kernel_tools.compiling import usages
+from lrcompile.kernel_tools.launches import config
+from lrcompile.kernel_tools.tuning import Tuner
 from lrcompile.kernels.nf4_dequant import (
     ABSMAX_BLOCK,
     BLOCK_SIZES,
@@ -22,6 +32,7 @@ from lrcompile.kernels.nf4_dequant import (
     decode_absmax,
     dequantize_nf4,
     nf4_shapes,
+    ops,
 )
 from lrcompile.kernels.nf4_dequant import (
     quantize_nf4 as _quantize_nf4,
@@ -292,3 +303,99 @@ def test_only_the_phase_keeps_the_weight_of_the_forward_pass_from_living_until_t
     f(x).sum().backward()
     torch.testing.assert_close(x.grad, 2 * dequantize_nf4(nf4, (40, 24), 32).sum(0).expand(5, 24))
     assert ((40, 24) in handed) == kept
+
+
+fused = pytest.importorskip("lrcompile.kernels.nf4_dequant.fused")
+SMALL = config(4, 1, WORDS=32, REPEAT=2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _surrounded(nf4: Nf4) -> Nf4:
+    """The same storage within other bytes and NaN."""
+    return Nf4._make(None if tensor is None else flat_within_nan(tensor) for tensor in nf4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [
+        ((1, 1), 32), ((13, 7), 32), ((37, 53), 64), ((16, 96), 128), ((9, 111), 256), ((64, 16), 512),
+        ((5, 613), 1024), ((33, 65), 2048), ((70, 63), 4096),
+    ],
+)  # fmt: skip
+def test_the_kernel_writes_the_bits_of_the_definition(shape, block_size, dtype, double_quant):
+    nf4 = quantize_nf4(_weight(shape), block_size, double_quant)
+    weight = unwritten(*shape, dtype=dtype)
+    fused.launch(_surrounded(nf4), block_size, weight, SMALL)()
+    assert torch.equal(weight, dequantize_nf4(nf4, shape, block_size, dtype))
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """CUDA's dispatch on CPU tensors, with kernels interpreted; each thing measured is faster than the one before."""
+    measured: list[float] = []
+
+    def timer(run: Callable[[], object]) -> float:
+        run()
+        measured.append(-float(len(measured)))
+        return measured[-1]
+
+    chooser = Tuner(None, timer)
+    monkeypatch.setattr(ops, "capability", lambda device: 90)
+    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
+    return measured
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_on_cuda_every_configuration_gives_the_same_bits_and_is_measured_once(as_on_hopper, dtype):
+    nf4 = quantize_nf4(_weight((37, 53)), 64, True)
+    for _ in range(2):
+        found = ops.fastest_nf4_dequantize(*nf4, 37, 53, 64, dtype, BACKWARD)
+        assert torch.equal(found, dequantize_nf4(nf4, (37, 53), 64, dtype))
+    assert len(as_on_hopper) == len(fused.CONFIGS)
+
+
+def test_what_the_kernel_does_not_write_is_left_to_torch(as_on_hopper):
+    nf4 = quantize_nf4(_weight((7, 13)), 32, True)
+    found = ops.fastest_nf4_dequantize(*nf4, 7, 13, 32, torch.float64, FORWARD)
+    assert torch.equal(found, dequantize_nf4(nf4, (7, 13), 32, torch.float64))
+    assert as_on_hopper == []
+    assert list(ops.ways_to_dequantize(torch.device("cpu"), torch.float64)) == ["aten"]
+
+
+def test_a_cpu_never_meets_triton_and_cuda_has_its_own_kernel():
+    assert list(ops.ways_to_dequantize(torch.device("cpu"), torch.bfloat16)) == ["aten"]
+    has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, "lrcompile_kernels::nf4_dequantize")
+    assert has("CUDA")
+    assert not has("CPU")
+
+
+def test_a_sample_of_configurations_compiles_without_spills():
+    found = usages("lrcompile.kernels.nf4_dequant.fused", 90, every=19)
+    assert len(found) == 2
+    for name, usage in found.items():
+        assert usage.stack == 0, f"{name} spills: {usage}"
+        assert usage.registers <= 64, f"{name} leaves too few threads to reach the memory's bandwidth: {usage}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration_compiles_without_spills(capability):
+    found = usages("lrcompile.kernels.nf4_dequant.fused", capability)
+    assert {usage.stack for usage in found.values()} == {0}
+    assert max(usage.registers for usage in found.values()) <= 64
+
+
+def test_scale_and_offset_are_not_fused_into_one_rounding():
+    """d·s + μ as one FMA would be another number than the reference's, which rounds the product."""
+    code = """
+from lrcompile.kernel_tools.compiling import compiled
+from lrcompile.kernels.nf4_dequant.fused import ahead_of_time
+launch = next(launch for name, launch in ahead_of_time(90).items() if "double torch.float32" in name)
+instructions = compiled(launch, 90).asm["sass"]
+print("FMUL" in instructions, "FADD" in instructions, "FFMA" in instructions)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout.split() == ["True", "True", "False"], run.stderr

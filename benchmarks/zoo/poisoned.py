@@ -13,6 +13,13 @@ def within_nan(tensor: Tensor, margin: int = 16) -> Tensor:
     return view.copy_(tensor)
 
 
+def flat_within_nan(tensor: Tensor, margin: int = 16) -> Tensor:
+    """The same values, contiguous, within NaN or, of integers, the largest there is: for storage that is one run."""
+    poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    larger = torch.full((tensor.numel() + 2 * margin,), poison, dtype=tensor.dtype)
+    return larger[margin : margin + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A contiguous output, every element NaN."""
     return torch.full(shape, float("nan"), dtype=dtype)

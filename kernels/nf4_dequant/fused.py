@@ -67,7 +67,7 @@ def dequantized(
     stored: Sequence[Tensor | None], rows: int, columns: int, block_size: int, dtype: torch.dtype, *, config: Config
 ) -> Tensor:
     """dq(W) `[rows, columns]` in one configuration."""
-    nf4 = Nf4(*stored)  # type: ignore[arg-type]  (a list, so that the tuner may put noise in its place)
+    nf4 = Nf4._make(stored)
     weight = nf4.codes.new_empty((rows, columns), dtype=dtype)
     launch(nf4, block_size, weight, config)()
     return weight

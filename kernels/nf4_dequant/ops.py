@@ -70,7 +70,7 @@ def ways_to_dequantize(device: torch.device, dtype: torch.dtype) -> Mapping[str,
 def dequantized(
     stored: Sequence[Tensor | None], rows: int, columns: int, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    nf4 = Nf4(*stored)  # type: ignore[arg-type]  (a list, so that the tuner may put noise in its place)
+    nf4 = Nf4._make(stored)
     return dequantize_nf4(nf4, (rows, columns), block_size, dtype, constants=kept_tables(nf4.codes.device))
 
 

@@ -37,7 +37,7 @@ def nf4_linear(
 ) -> Tensor:  # fmt: skip
     """y `[rows, out]` of x `[rows, in]`, contiguous, by one kernel in one configuration."""
     y = x.new_empty(x.shape[0], out_features)
-    nf4 = Nf4(*stored)  # type: ignore[arg-type]  (a list, so that the tuner may put noise in its place)
+    nf4 = Nf4._make(stored)
     for launch in LAUNCHES[path](Operands(x, nf4, bias, y, block_size, transposed), config):
         launch()
     return y

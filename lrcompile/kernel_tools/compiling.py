@@ -60,8 +60,9 @@ def usage(launch: Launch, capability: int) -> Usage:
 def compiled(launch: Launch, capability: int) -> Any:
     """Compile `launch` for compute capability `capability` (90 for Hopper) as a run with these arguments would.
 
-    The result has the code by stage in `.asm`: "ttgir", "ptx", "cubin", "sass". Tensors may be meta tensors, whose storage counts as aligned, as what an allocator returns is. Under
-    TRITON_INTERPRET=1 there is nothing to compile: LrcompileError.
+    The result has the code by stage in `.asm`: "ttgir", "ptx", "cubin", "sass". Tensors may be meta tensors, whose
+    storage counts as aligned, as what an allocator returns is. Under TRITON_INTERPRET=1 there is nothing to compile:
+    LrcompileError.
     """
     triton = require("triton", "gpu")
     from triton.backends.compiler import GPUTarget
