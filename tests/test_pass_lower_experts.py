@@ -117,7 +117,7 @@ def test_a_row_keeps_its_own_code_whatever_the_number_of_experts(name, p):
     for each in names:
         getattr(net, each).requires_grad_(False)
     found = step(net, x, index, pipeline=PIPELINE)
-    own = [shape for shape in found.shapes if shape != (T, COUNT, 1)]  # T·COUNT bits, where they are fewer than indices
+    own = [shape for shape in found.shapes if shape != (T, COUNT)]  # bits, where they are fewer than indices
     assert own == ([()] if p else []) + shapes
 
 
