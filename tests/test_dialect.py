@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompile.dialect.experts  # noqa: F401 (registers the ops)
 
@@ -56,7 +57,8 @@ def test_the_op_is_the_formula_in_every_shape_and_dtype(lead, inside, out, rank,
 def test_gradients_are_the_derivatives():
     y, x, A, B = tensors()
     scale = torch.tensor(0.75)
-    assert torch.autograd.gradcheck(lambda *given: LORA(*given, scale), (y, x, A, B))
+    assert torch.autograd.gradcheck(lambda *given: LORA(*given, scale), (y, x, A, B), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *given: LORA(*given, scale).square(), (y, x, A, B))
     y, x, A, B = tensors(copies=2)
     assert torch.autograd.gradcheck(lambda *given: LORA(*given, scale), (y, x, A, B))
     y, _, A, B = tensors()
@@ -93,6 +95,51 @@ def test_the_product_is_formed_in_the_dtype_of_y():
     result.float().sum().backward()
     assert A.grad is not None
     assert A.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_pair_that_is_zero_leaves_the_bits_alone(dtype):
+    y, x, A, B = tensors((6, 3), dtype=dtype)
+    assert torch.equal(LORA(y, x, A, torch.zeros_like(B), torch.tensor(0.75)), y)
+
+
+class Wide(TorchDispatchMode):
+    """The operations that made something `numel` large anew."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.made = numel, list[str]()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() == self.numel and out.data_ptr() not in self.seen:
+            self.seen.add(out.data_ptr())
+            self.made.append(func._schema.name)
+        return out
+
+
+def test_the_sum_takes_the_place_of_the_product_and_y_keeps_its_numbers():
+    y, x, A, B = tensors((6, 3), 7, 5)
+    before = y.detach().clone()
+    with Wide(y.numel()) as wide:
+        result = LORA(y, x, A, B, torch.tensor(0.75))
+    assert wide.made == ["aten::mm"]
+    result.sum().backward()
+    assert torch.equal(y, before)
+
+
+def test_where_the_sum_is_wider_than_the_product_or_transformed_it_is_made_anew():
+    y, x, A, B = (each.detach() for each in tensors())
+    scale = torch.tensor(0.75)
+    expected = LORA(y, x, A, B, scale)
+    for dims in ((0, None), (None, 0), (0, 0)):  # y alone, x alone, both
+        given = [each.expand(4, *each.shape) if dim == 0 else each for each, dim in zip((y, x), dims, strict=True)]
+        out = torch.func.vmap(lambda y, x: LORA(y, x, A, B, scale), in_dims=dims)(*given)
+        torch.testing.assert_close(out, expected.expand(4, *expected.shape))
+    with torch.autocast("cpu", torch.bfloat16):  # the product is bfloat16, y is not
+        assert LORA(y.float(), x.float(), A.float(), B.float(), scale).dtype == torch.float32
+    assert LORA(y, x[:1], A, B, scale).shape == y.shape
 
 
 def test_dropout_acts_on_the_adapters_input_only_and_keeps_its_mean():

@@ -260,7 +260,7 @@ def test_in_16_bits_gains_on_inputs_are_not_rounded_to_one():
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(True, {"sub": 1, "mul": 1, "add": 1}), (False, {"mul": 1, "add": 1})])
-def test_a_held_gain_is_spelled_out_with_the_same_bits(kept, expected):
+def test_a_held_gain_is_spelled_out(kept, expected):
     made = program(lambda net, x: gain(linear(net, x), net.g, net.b if kept else None))
     assert ran(ExpandGains(), made).count == 1
     assert counts(made) == {"linear": 1, **expected}

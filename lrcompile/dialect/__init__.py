@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrcompile.dialect.dropped import dropped
+from lrcompile.dialect.plain import plus
 
 LIBRARY = torch.library.Library("lrcompile", "FRAGMENT")
 
@@ -33,7 +34,7 @@ def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, dropout: flo
         x = dropped(x, dropout, A)
     product = F.linear if A.dim() == 2 else _stacked
     code = product(x.to(y.dtype), A.to(y.dtype)) * scale.to(y.dtype)
-    return y + product(code, B.to(y.dtype))
+    return plus(y, product(code, B.to(y.dtype)))
 
 
 def _stacked(x: Tensor, W: Tensor) -> Tensor:
@@ -48,4 +49,4 @@ def lora_embedding(y: Tensor, ids: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     no gradient.
     """
     code = F.embedding(ids, A.t(), None if padding_idx < 0 else padding_idx).to(y.dtype) * scale.to(y.dtype)
-    return y + F.linear(code, B.to(y.dtype))
+    return plus(y, F.linear(code, B.to(y.dtype)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
 from lrcompile.dialect.dropped import dropped
+from lrcompile.dialect.plain import plus
 
 LIBRARY.define(
     "lora_experts(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, Tensor experts, float dropout=0.0) -> Tensor"
@@ -30,4 +31,4 @@ def lora_experts(
     code = F.linear(x.to(y.dtype), A.flatten(0, 1).to(y.dtype)).unflatten(-1, (count, rank))
     others = experts.unsqueeze(-1) != torch.arange(count, device=experts.device)
     code = code.masked_fill(others.unsqueeze(-1), 0.0) * scale.to(y.dtype)
-    return y + F.linear(code.flatten(-2), B.movedim(0, 1).flatten(1).to(y.dtype))
+    return plus(y, F.linear(code.flatten(-2), B.movedim(0, 1).flatten(1).to(y.dtype)))

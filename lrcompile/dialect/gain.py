@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
+from lrcompile.dialect.plain import plain
 
 LIBRARY.define("gain(Tensor y, Tensor g, Tensor? kept=None) -> Tensor")
 LIBRARY.define("input_gain(Tensor x, Tensor g) -> Tensor")
@@ -15,11 +17,24 @@ LIBRARY.define("input_gain(Tensor x, Tensor g) -> Tensor")
 def gain(y: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
     """y + (g − 1) ⊙ (y − c): every output times its gain, but for the part c of it.
 
-    y `[..., out]`, g `[out]`, c whatever broadcasts to y (None: 0). g − 1 is formed in g's dtype, so that gains near
-    one keep their digits beside a bfloat16 y; a gain of exactly one leaves y's bits alone.
+    y `[..., out]`, g `[out]`, c whatever broadcasts to y (None: 0). Gains near one keep the digits of g's dtype beside
+    a bfloat16 y; a gain of exactly one leaves y's bits alone.
     """
+    if y.device.type == "cpu" and plain(y, g) and (kept is None or (kept.shape == g.shape and not kept.requires_grad)):
+        return _normalized(y, g, kept)
     moved = y if kept is None else y - kept.to(y.dtype)
     return y + (g - 1).to(y.dtype) * moved
+
+
+def _normalized(y: Tensor, g: Tensor, kept: Tensor | None) -> Tensor:
+    """(y − c)·g + c is a batch normalization by the mean c and the variance 1, with the weight g and the bias c.
+
+    Its kernel reads y once where the sum above takes two passes, its backward takes two and nothing as wide as y beside
+    the gradient where that of the sum takes five and three; 16-bit numbers are rounded once.
+    """
+    g = g.to(torch.promote_types(y.dtype, torch.float32))
+    c = g.new_zeros(g.shape) if kept is None else kept.to(g.dtype)
+    return F.batch_norm(y.reshape(-1, y.shape[-1]), c, g.new_ones(g.shape), g, c, eps=0.0).view(y.shape)
 
 
 @torch.library.impl(LIBRARY, "input_gain", "CompositeImplicitAutograd")

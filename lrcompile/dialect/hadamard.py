@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrcompile.dialect import LIBRARY
+from lrcompile.dialect.plain import plus
 
 LIBRARY.define("hadamard(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, Tensor W, float dropout=0.0) -> Tensor")
 
@@ -21,4 +22,4 @@ def hadamard(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, W: Tenso
     if dropout:
         x = F.dropout(x, dropout, True)
     update = W.to(y.dtype) * (B.to(y.dtype) @ A.to(y.dtype)) * scale.to(y.dtype)
-    return y + F.linear(x.to(y.dtype), update)
+    return plus(y, F.linear(x.to(y.dtype), update))
