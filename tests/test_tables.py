@@ -27,3 +27,14 @@ def test_there_are_no_colours_and_no_blanks_at_the_ends_of_lines():
     text = render(("a", "b"), [("x", "y")])
     assert "\x1b" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_wide_characters_and_cells_of_several_lines_keep_their_columns():
+    text = render(("a", "size", "b"), [("漢字", 12, "x"), ("one\ntwo", 3, "y")])
+    assert text.splitlines() == [
+        " a      size   b",
+        " ───────────────",
+        " 漢字     12   x",
+        " one       3   y",
+        " two",
+    ]
