@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lrcompile.dialect.galore import project
+from lrcompile.dialect.renewal import enrol
 from lrcompile.recipes.forms.adapter import Adapter, Start
 from lrcompile.recipes.range_finder import leading_directions
 from lrcompile.sites.site import Site
@@ -45,6 +45,11 @@ class ProjectedGradient(Adapter):
         self.register_buffer("found", torch.full((), -1, dtype=torch.int64, device=self.Z.device))
         self.found_at = -1
         """Mirrors `found`, which cannot be read without waiting for the device."""
+        self.number = enrol(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = enrol(self)  # a copy renews its own projection
 
     @classmethod
     def shapes(cls, in_features: int, out_features: int, rank: int) -> Mapping[str, tuple[int, ...]]:
@@ -70,12 +75,8 @@ class ProjectedGradient(Adapter):
         if not (torch.is_grad_enabled() and self.Z.requires_grad) or torch.compiler.is_exporting():
             return y
         if self.renewing:
-            return self._renewing_forward(y, x)
+            return torch.ops.lrcompile.renew_projection.default(y, x, self.Z, self.number)
         return self.emit(y, x)
-
-    @torch.compiler.disable
-    def _renewing_forward(self, y: Tensor, x: Tensor) -> Tensor:
-        return _Renewal.apply(y, x, self.Z, self)
 
     def emit(self, y: Tensor, x: Tensor) -> Tensor:
         return torch.ops.lrcompile.project_gradient.default(y, x, self.Z, self.P, self.right)
@@ -123,6 +124,11 @@ class ProjectedGradient(Adapter):
             self.found.fill_(self.due)
             self.found_at, self.renewed = self.due, True
 
+    def gradient_anew(self, dy: Tensor, x: Tensor) -> Tensor:
+        """∂Z of a step that P is due in."""
+        self.renew(dy, x)
+        return project(dy, x, self.basis(dy.dtype), self.right)
+
     def seed_at(self, step: int) -> int:
         """32 bits, all that the generator of a CPU looks at, for the random numbers of this site and step."""
         return zlib.crc32(repr((*self.seed, step)).encode())
@@ -130,21 +136,3 @@ class ProjectedGradient(Adapter):
     def store(self, directions: Tensor) -> None:
         """Take rows `[rank, min(in, out)]` as the basis."""
         self.P.copy_(directions if self.right else directions.t())
-
-
-class _Renewal(torch.autograd.Function):
-    """As the dialect's op, but for the step that P is due in, whose backward pass first finds it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, Z: Tensor, adapter: ProjectedGradient) -> Tensor:
-        ctx.adapter = adapter
-        ctx.save_for_backward(x)
-        return y.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        adapter: ProjectedGradient = ctx.adapter
-        adapter.renew(dy, x)
-        return dy, None, project(dy, x, adapter.basis(dy.dtype), adapter.right).to(adapter.Z.dtype), None
