@@ -17,7 +17,7 @@ from lrcompile.checkpointing.origin import origin_of
 from lrcompile.checkpointing.plans import check, refuse_other_base_values, values_at
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.state import State, has_state, require_name, state_of
-from lrcompile.wrapping import refuse_wrapped
+from lrcompile.wrapping import refuse_wrapped, within
 from lrcompile.writing import atomic_folder
 from lrcompile.written import refuse_written
 
@@ -46,7 +46,8 @@ def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None)
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"save takes a torch.nn.Module, got {type(model).__name__}")
-    state = state_of(model)  # of a wrapped model this says which submodule to give
+    model = within(model)
+    state = state_of(model)  # of a model wrapped otherwise this says which submodule to give
     folders = _folders(state, name)
     _refuse_working_folder(dir)
     contents = {folder: _content(model, state, each) for folder, each in folders.items()}

@@ -5,22 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from lrcompile import accounts
 from lrcompile.blocks import differing_numbers, repeated
 from lrcompile.errors import SpecError
 from lrcompile.padding import pad
 from lrcompile.rewriting import Rewriting
 from lrcompile.state import has_state, state_of
-from lrcompile.wrapping import refuse_wrapped
+from lrcompile.wrapping import within
 
 COMBINATIONS = 64
 """Compiled entries a frame may have: of adapters on and off, of methods, of what trains. Torch's own limit is 8."""
-
-_compiled: WeakKeyDictionary[nn.Module, Rewriting] = WeakKeyDictionary()
 
 
 def compile(
@@ -50,11 +48,12 @@ def compile(
     unless `dynamic` says otherwise; `options={"inner": …}` names the backend that compiles what the passes leave,
     Inductor by default.
     Returns what `torch.compile` returns; with regions the model itself. `lrcompile.report(model)` says what the passes
-    did. Raises `SpecError` for an option out of range, `AdapterError` for an active adapter whose rank is above
-    max_rank, and for a model that is wrapped already.
+    did. `model` may be wrapped (DistributedDataParallel, fully_shard). Raises `SpecError` for an option out of range,
+    `AdapterError` for an active adapter whose rank is above max_rank.
     """
     _check(max_rank, memory_budget, regions)
-    refuse_wrapped(model, "compile")
+    model = within(model)
+    adapted = next((module for module in model.modules() if has_state(module)), model)
     blocks = repeated(model) if regions else []
     if regions and not blocks:
         raise SpecError(
@@ -62,8 +61,8 @@ def compile(
             " without regions",
             field="regions",
         )
-    if max_rank is not None or has_state(model):
-        pad(model, max_rank)
+    if max_rank is not None or has_state(adapted):
+        pad(adapted, max_rank)
     backend = Rewriting(options.pop("mode", None), options.pop("options", None), memory_budget)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options.setdefault("isolate_recompiles", True)  # else other compilations of the same classes count as ours
@@ -71,21 +70,15 @@ def compile(
     context = getattr(compiled, "dynamo_ctx", None)
     if context is None or options.get("disable"):
         return compiled
-    _compiled[model] = backend
+    accounts.keep(adapted, backend.graphs)
     numbers = sorted({name for kind in blocks for name in differing_numbers(kind)})
-    context.enter_exit_hooks += _switches(_ranks(model) if max_rank is not None else (), numbers, dynamic)
+    context.enter_exit_hooks += _switches(_ranks(adapted) if max_rank is not None else (), numbers, dynamic)
     if not regions:
         return compiled
     for kind in blocks:
         for block in kind:
             block._compiled_call_impl = context(block._call_impl)
     return model
-
-
-def compiled_graphs(model: nn.Module) -> tuple[str, ...]:
-    """What the passes did to each graph of the last `compile` of this very model, a line each."""
-    found = _compiled.get(model)
-    return tuple(map(str, found.graphs)) if found is not None else ()
 
 
 def _check(max_rank: int | None, memory_budget: float | None, regions: str | None) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lrcompile import residuals, walking, written
+from lrcompile import accounts, residuals, walking, written
 from lrcompile.errors import require
 from lrcompile.int8.modules import holder_of, is_int8
 from lrcompile.state import adapter_set, state_of, tensors_at
 from lrcompile.tables import render
 from lrcompile.wording import sized
+from lrcompile.wrapping import within
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Report:
     trainable_bytes: int
     base_bytes: int
     notes: tuple[str, ...]
+    compiled: tuple[str, ...] = ()
+    """What `compile` did to each graph, as far as any has been compiled."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +62,7 @@ class Report:
             for r in self.sites
         ]
         hit = sum(row.adapted for row in self.sites)
+        notes = [*self.notes, *(f"compiled graph {at}: {done}" for at, done in enumerate(self.compiled))]
         title = (
             f"adapters: {', '.join(self.adapters)} (active: {', '.join(self.active) or 'none'}"
             f"{'; merged: ' + ', '.join(self.merged) if self.merged else ''})\n"
@@ -67,7 +71,7 @@ class Report:
             f" ({self.trainable / max(self.total, 1):.3%}, {sized(self.trainable_bytes)}) · base:"
             f" {sized(self.base_bytes)}"
         )
-        return render(("site", "kind", "in", "out", "rank", "adapted", "why"), rows, title=title, notes=self.notes)
+        return render(("site", "kind", "in", "out", "rank", "adapted", "why"), rows, title=title, notes=notes)
 
     def plot(self, path: str | Path) -> Path:
         """Draw trainable numbers by site as a picture (PNG, SVG or PDF by suffix)."""
@@ -88,6 +92,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What lrcompile did to `model`. Raises `AdapterError` if it has no adapter."""
+    model = within(model)
     state = state_of(model)
     dead = None if state.dead is None else frozenset(state.dead)
     rows: dict[str, Row] = {}
@@ -129,6 +134,7 @@ def report(model: nn.Module) -> Report:
         trainable_bytes=sum(p.numel() * p.element_size() for p in training),
         base_bytes=sum(t.numel() * t.element_size() for t in base),
         notes=(*state.notes, *written.notes_of(model), *residuals.notes_of(model)),
+        compiled=tuple(map(str, accounts.graphs_of(model))),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,34 +10,10 @@ from typing import Any
 import torch._functorch.config as autograd
 from torch import fx
 
+from lrcompile.accounts import Graph
 from lrcompile.backend import Compiled, lrcompile
 from lrcompile.passes.base import Pass, Result
 from lrcompile.passes.captured import bodies, operator_of
-
-
-@dataclass
-class Graph:
-    """One captured graph: how many operations it had, how many of adapters, and what each pass made of them."""
-
-    operations: int
-    adapters: int
-    results: list[tuple[str, Result]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        done: Counter[str] = Counter()
-        left: dict[tuple[str, str], list[str]] = {}
-        for name, result in self.results:
-            done[name] += result.count
-            for refusal in result.refusals:
-                left.setdefault((name, refusal.reason), []).append(refusal.node)
-        parts = [f"{self.operations} operations, {self.adapters} of adapters"]
-        parts += [f"{name}: {count}" for name, count in done.items() if count]
-        parts += [f"{name} left {len(nodes)}, as {reason} ({_some(nodes)})" for (name, reason), nodes in left.items()]
-        return "; ".join(parts)
-
-
-def _some(nodes: Sequence[str]) -> str:
-    return ", ".join(nodes[:3]) + (", …" if len(nodes) > 3 else "")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lrcompile.sites.graph_rule import insert_adapters
 from lrcompile.sites.site import Site
 from lrcompile.state import adapter_set, adapter_tensors, all_sites, require_name, require_settled, state_of
 from lrcompile.walking import parameters, submodule
+from lrcompile.wrapping import within
 from lrcompile.written import refuse_written
 
 
@@ -29,6 +30,7 @@ def activate(
     adapters that train from now on (None: as before). Raises `AdapterError` for an unknown name or a weight that
     is no finite number, `MergeError` while merged.
     """
+    given, model = model, within(model)
     state = state_of(model)
     require_settled(state, "activate")
     chosen = _weights(adapters)
@@ -57,7 +59,7 @@ def activate(
     rewrite_graphs(model, all_sites(state))
     if learning is not None:
         set_training(model, learning)
-    return model
+    return given
 
 
 @contextmanager
@@ -66,8 +68,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises `AdapterError` if training has written the base itself (`plora` after an unload, `galore` after a step).
     """
-    refuse_written(model, state_of(model).specs, "compute the base's values")
-    with switched_off(model):
+    inner = within(model)
+    refuse_written(inner, state_of(inner).specs, "compute the base's values")
+    with switched_off(inner):
         yield model
 
 

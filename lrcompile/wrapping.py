@@ -32,6 +32,12 @@ def refuse_wrapped(model: nn.Module, doing: str) -> None:
                 raise AdapterError(f"{name} is sharded (DTensor); {doing} the model first, then call fully_shard")
 
 
+def within(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` wrapped, which is changed and read in its place; any other is itself."""
+    compiled = isinstance(model, nn.Module) and _wrapper(type(model)) == "torch.compile"
+    return model._orig_mod if compiled else model  # type: ignore[return-value]
+
+
 def refuse_meta(model: nn.Module, doing: str, error: type[LrcompileError]) -> None:
     """Raise `error` if `model` has shapes only, so that there is nothing to compute."""
     for name, parameter in parameters(model):
