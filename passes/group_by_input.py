@@ -24,7 +24,10 @@ class GroupByInput(Pass[fx.GraphModule]):
 
     The node is a `lowered.AdaptedGroup`: one product for all codes, the expand in the base's own buffer, one gradient
     of x; a single map is a group of one. Methods may differ, ranks and widths too; equal A (VeRA's) are read once.
-    Refuses where another node sees y in between, the weight trains or is computed, or dropout is active.
+    Refuses where another node sees y in between, the weight trains or is computed, the input is another one, tensors or
+    modes may change in between, the scale trains, or dropout is active that `replay-dropout` has not taken. Leaves
+    everything else of the dialect to autograd: rows of embeddings and stacks of maps (attention's, experts') have no
+    product with one matrix to be added to, element-wise products and gains on inputs change the map itself.
     """
 
     name: ClassVar[str] = "group-by-input"

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from lrcompile.lowered.bases import Dense
+from lrcompile.kernels.nf4_linear.cost import best_path
+from lrcompile.lowered.bases import Quantized
 from lrcompile.lowered.contractions import MACHINES, Order, Shapes, cheapest
 from lrcompile.lowered.group import AdaptedGroup
 from lrcompile.lowered.operands import Operands
@@ -24,7 +25,8 @@ class OrderContractions(Pass[fx.GraphModule]):
     By the model in `lowered.contractions`, with the shapes at hand; a symbolic number of rows counts as what it was at
     capture, without a guard on it, since every order is right for any number. Chooses for dense weights with a pair and
     without dropout, in float32 and float64, on devices whose rates are known; others keep the order that activations
-    go through the factors.
+    go through the factors. An NF4 base with few rows is multiplied by its codes, where a kernel for that is predicted
+    to be faster (`kernels.nf4_linear.cost`).
     """
 
     name: ClassVar[str] = "order-contractions"
@@ -45,25 +47,38 @@ class OrderContractions(Pass[fx.GraphModule]):
 
 def _chosen(group: AdaptedGroup, node: fx.Node) -> AdaptedGroup:
     x, *flat = node.args
-    operands = group.split(flat)
-    members = tuple(
-        replace(member, order=_order(group, index, value(x), value(node)[index], operands))
-        for index, member in enumerate(group.members)
-    )
-    return replace(group, members=members)
+    operands, rows = group.split(flat), [_hint(size) for size in value(x).shape[:-1]]
+    if None in rows:
+        return group
+    count = prod(rows)  # type: ignore[arg-type]
+    members = []
+    for index, member in enumerate(group.members):
+        if isinstance(member.base, Quantized):
+            by_codes = products_by_codes(member.base, count, value(x).device)
+            members.append(replace(member, base=replace(member.base, by_codes=by_codes)))
+        else:
+            order = _order(group, index, count, value(x), value(node)[index], operands)
+            members.append(replace(member, order=order))
+    return replace(group, members=tuple(members))
 
 
-def _order(group: AdaptedGroup, index: int, x: Tensor, y: Tensor, operands: Operands) -> Order:
+def products_by_codes(base: Quantized, rows: int, device: torch.device) -> bool:
+    """Is one kernel on the codes predicted to be faster than dequantizing? Only GPUs have such kernels."""
+    sizes = (base.out_features, base.in_features, base.compute_dtype, base.block_size, base.transposed)
+    return device.type == "cuda" and best_path(rows, *sizes) != "dequantize"
+
+
+def _order(group: AdaptedGroup, index: int, rows: int, x: Tensor, y: Tensor, operands: Operands) -> Order:
     member = group.members[index]
     alone = len(group.readers(member.code)) == 1 and not group.drops[member.code]
     machine = MACHINES.get((x.device.type, y.dtype))
-    if member.role != "pair" or not isinstance(member.base, Dense) or not alone or machine is None:
+    if member.role != "pair" or not alone or machine is None:
         return Order()
     A, B, (W,) = value(operands.As[member.code]), value(operands.Bs[index]), operands.held[index]
-    *rows, inside, out, rank = (_hint(size) for size in (*x.shape, y.shape[-1], A.shape[0]))
-    if {x.dtype, value(W).dtype, A.dtype, B.dtype} != {y.dtype} or None in (*rows, inside, out, rank):
+    inside, out, rank = (_hint(size) for size in (x.shape[-1], y.shape[-1], A.shape[0]))
+    if {x.dtype, value(W).dtype, A.dtype, B.dtype} != {y.dtype} or inside is None or out is None or rank is None:
         return Order()
-    shapes = Shapes(prod(rows), inside, out, rank, x.requires_grad, A.requires_grad, B.requires_grad)  # type: ignore[arg-type]
+    shapes = Shapes(rows, inside, out, rank, x.requires_grad, A.requires_grad, B.requires_grad)
     return cheapest(shapes, machine, y.dtype)
 
 

@@ -24,7 +24,7 @@ from lrcompile.lowered.members import Group, Member
 from lrcompile.lowered.operands import Operands
 
 INSIDE = 32  # a whole block of NF4
-KINDS = ("lora", "conv1d", "nf4", "dropout", "shared", "right", "left")
+KINDS = ("lora", "conv1d", "nf4", "codes", "dropout", "shared", "right", "left")
 
 
 @dataclass
@@ -72,8 +72,8 @@ def build(kind: str, out: int, rank: int, trains: tuple[bool, bool, bool], dtype
     if kind in ("right", "left"):
         trains_A, trains_B = kind == "left", kind == "right"
     base: Any = Dense()
-    if kind == "nf4":
-        base = Quantized(out, INSIDE, 64, False, dtype)
+    if kind in ("nf4", "codes"):
+        base = Quantized(out, INSIDE, 64, False, dtype, by_codes=kind == "codes")
         held: list[Any] = list(quantize_nf4(torch.randn(out, INSIDE)))
     elif kind == "conv1d":
         base, held = Dense(transposed=True), [draw(INSIDE, out)]
@@ -188,7 +188,9 @@ def test_every_order_of_contraction_gives_the_same_function_and_gradients(maps, 
 
 
 def test_gradients_are_the_derivatives():
-    maps = share([build(kind, 5, 2, (True, True, True)) for kind in ("lora", "conv1d", "nf4", "shared", "shared")])
+    maps = share(
+        [build(kind, 5, 2, (True, True, True)) for kind in ("lora", "conv1d", "nf4", "codes", "shared", "shared")]
+    )
     group, operands = lower(maps)
     x = torch.randn(3, INSIDE, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *given: group(x, *given), (x, *operands))
@@ -216,6 +218,8 @@ STEPS = {
     "projected on the right": (("right", (False, True)), True, BASE + DOWN + UP),
     "projected on the left": (("left", (True, False)), True, BASE + DOWN + UP),
     "dropout": (("dropout", (True, True)), True, BASE + 3 * DOWN + 3 * UP),
+    "NF4": (("nf4", (True, True)), True, BASE + 3 * DOWN + 3 * UP),
+    "NF4 by its codes": (("codes", (True, True)), True, BASE + 3 * DOWN + 3 * UP),
     "transposed": (("conv1d", (True, True)), True, BASE + 3 * DOWN + 3 * UP),
 }
 
@@ -269,6 +273,7 @@ KEPT = {
     "projected on the right": ("right", (False, True), [(T, RANK)]),
     "projected on the left": ("left", (True, False), [(T, INSIDE)]),
     "NF4": ("nf4", (True, True), [(T, RANK), (T, INSIDE)]),
+    "NF4 by its codes": ("codes", (True, True), [(T, RANK), (T, INSIDE)]),
     "NF4, A frozen": ("nf4", (False, True), [(T, RANK)]),
     "dropout": ("dropout", (True, True), [(T, RANK), (T, INSIDE)]),
     "dropout, A frozen": ("dropout", (False, True), [(T, RANK)]),
@@ -320,10 +325,11 @@ def test_float32_factors_beside_a_bfloat16_base_get_float32_gradients():
     assert (y.dtype, dx.dtype, dA.dtype, dB.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("by_codes", [False, True])
 @pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
-def test_an_nf4_base_computes_in_its_own_dtype(computes):
+def test_an_nf4_base_computes_in_its_own_dtype(computes, by_codes):
     one = build("nf4", OUT, RANK, (True, True, True), torch.float32)
-    one.base = Quantized(OUT, INSIDE, 64, False, computes)
+    one.base = Quantized(OUT, INSIDE, 64, False, computes, by_codes)
     x = torch.randn(T, INSIDE, requires_grad=True)
     group, operands = lower([one])
     (y,), true = group(x, *operands), one.plain(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from zoo.training import captured, rewriting, step, targets
 
+from lrcompile.kernels.nf4_dequant import quantize_nf4
+from lrcompile.lowered.bases import Quantized
 from lrcompile.lowered.contractions import MACHINES, Order, Shapes, cheapest
 from lrcompile.lowered.contractions import flops as predicted
 from lrcompile.lowered.group import AdaptedGroup
 from lrcompile.passes.group_by_input import GroupByInput
-from lrcompile.passes.order_contractions import OrderContractions
+from lrcompile.passes.order_contractions import OrderContractions, products_by_codes
 from lrcompile.passes.pipeline import Pipeline
 from lrcompile.passes.replay_dropout import ReplayDropout
 
@@ -133,6 +136,29 @@ def test_a_compiled_step_costs_what_was_predicted_and_gives_the_same_gradients(r
         dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         gradients.append((y, *torch.autograd.grad(y, (x, *net.parameters()), dy)))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-11)
+
+
+def test_few_rows_of_an_NF4_base_are_multiplied_by_its_codes_on_a_GPU_and_many_are_not():
+    base = Quantized(4096, 4096, 64, False, torch.bfloat16)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [products_by_codes(base, rows, gpu) for rows in (1, 16, 64, 8192)] == [True, True, True, False]
+    assert not products_by_codes(base, 1, cpu)
+    assert not products_by_codes(replace(base, compute_dtype=torch.float32), 1, gpu)
+
+
+def test_a_product_by_codes_keeps_no_weight_between_the_passes(monkeypatch):
+    monkeypatch.setattr("lrcompile.passes.order_contractions.products_by_codes", lambda base, rows, device: True)
+    held = quantize_nf4(torch.randn(OUT, IN))
+    net, M = Net(3), torch.randn(IN, IN)
+
+    def quantized(x: Tensor) -> Tensor:
+        h = x @ M
+        y = torch.ops.lrcompile.nf4_linear(h, *held, None, OUT, IN, 64, False, torch.float32)
+        return lora(y, h, net.A0, net.B0, net.scale)
+
+    found = step(quantized, lead(), pipeline=PIPELINE)
+    assert found.shapes == [(ROWS, 3), (ROWS, IN)]
+    assert found.counts() == {"nf4_linear": 2, "sum_of_products": 1, "factor_gradients": 1, "addmm": 1, "mm": 2 + 2}
 
 
 def test_graphs_without_groups_are_left():

@@ -27,6 +27,8 @@ GROUPED = Pipeline((ReplayDropout(), GroupByInput()))
 
 
 class Site(nn.Module):
+    scale: Tensor
+
     def __init__(self, dtype: torch.dtype = torch.float64, trains_A: bool = True, seen: bool = False, p: float = P):
         super().__init__()
         self.W = nn.Parameter(torch.randn(OUT, IN, dtype=dtype), requires_grad=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
 from lrcompile.kernels.lora_group import ops as ops
-from lrcompile.lowered.bases import BACKWARD
+from lrcompile.lowered.bases import BACKWARD, Quantized
 from lrcompile.lowered.forward import scaled, stack
 from lrcompile.lowered.members import Wanted
 from lrcompile.lowered.operands import Operands
@@ -102,6 +102,9 @@ def _of_x(wanted: Wanted, given: Operands, Ms: Maybe, dS: Sequence[Any], dys: Se
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for member, held, M, dy in zip(group.members, given.held, Ms, dys, strict=True):
+        if isinstance(member.base, Quantized) and member.base.by_codes:
+            others.append(member.base.gradient(held, dy))
+            continue
         W = (member.base.matrix(held, member.base.computes_in(dtype), BACKWARD) if M is None else M).t()
         if W.dtype == dtype:
             xs, matrices = [*xs, dy], [*matrices, W]

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrcompile.kernels.nf4_dequant import ops as ops  # registers lrcompile_kernels::nf4_dequantize
+from lrcompile.kernels.nf4_dequant import ops as ops  # registers the leaf ops
+from lrcompile.kernels.nf4_linear import ops as linear_ops  # noqa: F401
 
 FORWARD, BACKWARD = 0, 1
 
@@ -40,6 +41,8 @@ class Quantized:
     block_size: int
     transposed: bool
     compute_dtype: torch.dtype
+    by_codes: bool = False
+    """Its products are formed from the codes by one kernel, for few rows; otherwise it is dequantized for them."""
     size: ClassVar[int] = 4
 
     def matrix(self, held: Sequence[Tensor], dtype: torch.dtype, phase: int) -> Tensor:
@@ -51,6 +54,16 @@ class Quantized:
             rows, columns = columns, rows
         W = torch.ops.lrcompile_kernels.nf4_dequantize(*held, rows, columns, self.block_size, dtype, phase)
         return W if self.transposed else W.t()
+
+    def product(self, held: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + b `[rows, out]` from the codes."""
+        sizes = (self.out_features, self.in_features, self.block_size, self.transposed)
+        return torch.ops.lrcompile_kernels.nf4_linear(x, *held, bias, *sizes, self.compute_dtype)
+
+    def gradient(self, held: Sequence[Tensor], dy: Tensor) -> Tensor:
+        """dy·W `[rows, in]` from the codes: the product with the features exchanged and the other storage order."""
+        sizes = (self.in_features, self.out_features, self.block_size, not self.transposed)
+        return torch.ops.lrcompile_kernels.nf4_linear(dy, *held, None, *sizes, self.compute_dtype)
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         return self.compute_dtype

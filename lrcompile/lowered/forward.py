@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
 from lrcompile.kernels.lora_group import ops as ops
-from lrcompile.lowered.bases import FORWARD, Dense
+from lrcompile.lowered.bases import FORWARD, Dense, Quantized
 from lrcompile.lowered.members import Group, Wanted
 from lrcompile.lowered.operands import Operands
 
@@ -66,9 +66,12 @@ def _output(
     group: Group, given: Operands, x: Tensor, S: dict[int, Tensor], M: Tensor | None, B: Tensor, index: int
 ) -> Tensor:
     member, bias, dtype = group.members[index], given.biases[index], x.dtype
+    acts = group.acts(member.code)
+    if isinstance(member.base, Quantized) and member.base.by_codes:
+        y = member.base.product(given.held[index], x, bias)
+        return torch.addmm(y, S[member.code], B.t()) if acts else y
     computed = member.base.computes_in(dtype)
     xs, Ms = [x.to(computed)], [member.base.matrix(given.held[index], computed, FORWARD) if M is None else M]
-    acts = group.acts(member.code)
     if acts and computed == dtype:
         xs, Ms = [*xs, S[member.code]], [*Ms, B.t()]
     bias = None if bias is None else bias.to(computed)
