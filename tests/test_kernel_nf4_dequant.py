@@ -351,14 +351,18 @@ def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_on_cuda_every_configuration_gives_the_same_bits_and_is_measured_once(as_on_hopper, dtype):
     nf4 = quantize_nf4(_weight((37, 53)), 64, True)
     for _ in range(2):
-        found = ops.fastest_nf4_dequantize(*nf4, 37, 53, 64, dtype, BACKWARD)
+        found = ops.fastest_nf4_dequantize(
+            nf4.codes, nf4.absmax, nf4.absmax_scale, nf4.absmax_offset, 37, 53, 64, dtype, BACKWARD
+        )
         assert torch.equal(found, dequantize_nf4(nf4, (37, 53), 64, dtype))
     assert len(as_on_hopper) == len(fused.CONFIGS)
 
 
 def test_what_the_kernel_does_not_write_is_left_to_torch(as_on_hopper):
     nf4 = quantize_nf4(_weight((7, 13)), 32, True)
-    found = ops.fastest_nf4_dequantize(*nf4, 7, 13, 32, torch.float64, FORWARD)
+    found = ops.fastest_nf4_dequantize(
+        nf4.codes, nf4.absmax, nf4.absmax_scale, nf4.absmax_offset, 7, 13, 32, torch.float64, FORWARD
+    )
     assert torch.equal(found, dequantize_nf4(nf4, (7, 13), 32, torch.float64))
     assert as_on_hopper == []
     assert list(ops.ways_to_dequantize(torch.device("cpu"), torch.float64)) == ["aten"]

@@ -123,7 +123,9 @@ def fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@register_flop_formula(torch.ops.lrcompile_kernels.nf4_linear)
 def flops(x: Any, codes: Any, absmax: Any, absmax_scale: Any, absmax_offset: Any, bias: Any, out_features: int, *_: Any,
           out_shape: Any = None, **__: Any) -> int:  # fmt: skip
     return 2 * math.prod(x) * out_features
+
+
+register_flop_formula(torch.ops.lrcompile_kernels.nf4_linear)(flops)
