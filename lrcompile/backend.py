@@ -34,8 +34,8 @@ def lrcompile(
     options: Mapping[str, Any] | None = None,
     record: Callable[[Pass, Result], None] | None = None,
 ) -> Compiled:
-    """Rewrite a copy of `graph` and compile it. `mode` and `options` are Inductor's; the option `inner` names another
-    Dynamo backend to hand over to (`aot_eager`, say), which then receives no mode and no other option.
+    """Rewrite a copy of `graph` and compile it. `mode` and `options` are Inductor's; the option `inner` is another
+    Dynamo backend to hand over to, or its name (`aot_eager`, say), which then receives no mode and no other option.
     `record` is told what each pass did.
 
     Raises SpecError for an inner compiler that does not exist, or that is this one.
@@ -57,9 +57,11 @@ def lrcompile(
     return WithConstants(compiled, added) if added else compiled
 
 
-def _inner(name: str, mode: str | None, options: dict[str, Any]) -> Compiled:
+def _inner(name: str | Compiled, mode: str | None, options: dict[str, Any]) -> Compiled:
     if name == "inductor":
         return torch._TorchCompileInductorWrapper(mode, options, None)
+    if callable(name) and not (mode or options):
+        return name
     known = torch.compiler.list_backends(exclude_tags=None)
     if name not in known or name == "lrcompile":
         others = ", ".join(sorted(set(known) - {"lrcompile"}))
