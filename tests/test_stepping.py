@@ -295,7 +295,7 @@ def test_a_llama_is_captured_whole_by_inductor_with_our_schedules() -> None:
     def llama() -> tuple[Any, Any]:
         torch.manual_seed(0)
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=64, use_cache=False,
         )  # fmt: skip
         model = lrcompile.apply(LlamaForCausalLM(config), lrcompile.spec("lora", rank=3, seed=1))

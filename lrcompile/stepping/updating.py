@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompile.backend import lrcompile
 from lrcompile.optim.wiring import rules_of
 
 UNTRACEABLE = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
@@ -27,7 +28,7 @@ class Update:
         self.plain = not traceable(optimizer) or bool(rules_of(optimizer))
         self.settings: Any = None
         known = {key: options[key] for key in ("mode", "options") if key in options}
-        compiled = torch.compile(own_step(optimizer), backend="lrcompile", fullgraph=True, **known)
+        compiled = torch.compile(own_step(optimizer), backend=lrcompile, fullgraph=True, **known)
         self.step = hooked(optimizer, torch.no_grad()(lambda: compiled(optimizer)))
 
     def __call__(self) -> None:
