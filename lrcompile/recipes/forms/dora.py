@@ -67,8 +67,11 @@ class DoraAdapter(Hosted, LoraAdapter):
 
     def _norms_kept(self, host: nn.Module) -> Tensor:
         held = base_tensors(host)
-        squares = self._squares.get(held, lambda: self._squares_now(host))
-        return self._norms.get((*held, self.A, self.B, self.scale), lambda: self._norms_now(host, squares))
+
+        def compute() -> Tensor:
+            return self._norms_now(host, self._squares.get(held, lambda: self._squares_now(host)))
+
+        return self._norms.get((*held, self.A, self.B, self.scale), compute)
 
     def _norms_as_node(self, host: nn.Module) -> Tensor:
         pair = (self.A, self.B, self.scale)
