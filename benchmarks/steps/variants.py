@@ -59,7 +59,7 @@ def variants(model: nn.Module, method: str, width: int) -> tuple[list[Variant], 
     for label, own_dtype in (("PEFT", True), ("PEFT same dtype", False)):
         try:
             theirs = _peft(model, method, names, own_dtype)
-        except NotImplementedError as reason:
+        except (NotImplementedError, ImportError) as reason:
             missing[label] = str(reason)
             continue
         found.append(Variant(label, theirs, beside))
