@@ -453,20 +453,20 @@ COMPILED: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]], dict[str, in
     "q, k, v": (
         lambda: (Map(8, 3), Map(4, 2), Map(5, 3)),
         [(T, 2), (T, 3), (T, 3), (T, IN)],
-        {**TOGETHER, "factor_gradients": 3, "mm": 2 + 2},
+        {**TOGETHER, "group_gradients": 1, "mm": 2 + 2},
     ),
     "one map": (lambda: (Map(8, 3),), [(T, 3), (T, IN)], {"sum_of_products": 2, "factor_gradients": 1, "mm": 2 + 2}),
     "A frozen": (
         lambda: freeze("A", Map(8, 3), Map(4, 2)),
         [(T, 2), (T, 3)],
-        {**TOGETHER, "factor_gradients": 2, "mm": 1 + 2},
+        {**TOGETHER, "group_gradients": 1, "mm": 1 + 2},
     ),
     "B frozen": (lambda: freeze("B", Map(8, 3), Map(4, 2)), [(T, IN)], {**TOGETHER, "mm": 4 + 2}),
     "both frozen": (lambda: freeze("AB", Map(8, 3), Map(4, 2)), [], {**TOGETHER, "mm": 3 + 2}),
     "NF4": (
         lambda: (Nf4(8, 3), Nf4(4, 2)),
         [(T, 2), (T, 3), (T, IN)],
-        {"nf4_dequantize": 4, "sum_of_products": 3, "factor_gradients": 2, "mm": 2 + 2},
+        {"nf4_dequantize": 4, "sum_of_products": 3, "group_gradients": 1, "mm": 2 + 2},
     ),
     "NF4, A frozen": (
         lambda: freeze("A", Nf4(8, 3)),

@@ -50,23 +50,34 @@ def _apart(factors: Maybe) -> list[Tensor | None]:
 def _through_expands(
     wanted: Wanted, given: Operands, S: Sequence[Any], dys: Sequence[Tensor], found: Operands
 ) -> list[Any]:
-    """dS of each code, and dB of each member, as far as a gradient needs them."""
-    group, dtype = wanted.group, dys[0].dtype
-    dS: list[Any] = [None] * group.codes
-    for i, (member, dy) in enumerate(zip(group.members, dys, strict=True)):
-        code, scale = member.code, given.scales[i]
-        wants_dS, wants_dB = wanted.dS(code), wanted.each.Bs[i] and not member.order.by_weight
-        part = None
-        if wants_dS and wants_dB:
-            B = scaled(given.Bs[i], scale, dtype)
-            part, dB = torch.ops.lrcompile_kernels.factor_gradients(dy, B, S[code])
-            found.Bs[i] = _times(dB, scale)
-        elif wants_dS:
-            part = dy @ scaled(given.Bs[i], scale, dtype)
-        elif wants_dB:
-            found.Bs[i] = _times(dy.t() @ S[code], scale)
-        if part is not None:
-            dS[code] = part if dS[code] is None else dS[code] + part
+    """dS of each code, and dB of each member, as far as a gradient needs them; both from one reading of dy."""
+    members = wanted.group.members
+    wants_dB = [wanted.each.Bs[i] and not each.order.by_weight for i, each in enumerate(members)]
+    wants_dS = [wanted.dS(each.code) for each in members]
+    Bs: list[Any] = [
+        scaled(B, scale, dys[0].dtype) if wants else None
+        for B, scale, wants in zip(given.Bs, given.scales, wants_dS, strict=True)
+    ]
+    both = [i for i in range(len(members)) if wants_dS[i] and wants_dB[i]]
+    parts: dict[int, Tensor] = {i: dys[i] @ Bs[i] for i in range(len(members)) if wants_dS[i] and i not in both}
+    dBs: dict[int, Tensor] = {
+        i: dys[i].t() @ S[members[i].code] for i in range(len(members)) if wants_dB[i] and i not in both
+    }
+    together = ([dys[i] for i in both], [Bs[i] for i in both], [S[members[i].code] for i in both])
+    if len(both) > 1:
+        ours, theirs = torch.ops.lrcompile_kernels.group_gradients(*together)
+    else:
+        each = [torch.ops.lrcompile_kernels.factor_gradients(*one) for one in zip(*together, strict=True)]
+        ours, theirs = [dS for dS, _ in each], [dB for _, dB in each]
+    parts.update(zip(both, ours, strict=True))
+    dBs.update(zip(both, theirs, strict=True))
+
+    dS: list[Any] = [None] * wanted.group.codes
+    for i, part in sorted(parts.items()):
+        code = members[i].code
+        dS[code] = part if dS[code] is None else dS[code] + part
+    for i, dB in dBs.items():
+        found.Bs[i] = _times(dB, given.scales[i])
     return dS
 
 
