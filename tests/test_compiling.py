@@ -247,7 +247,7 @@ def test_a_model_compiled_by_blocks_is_a_model_like_any_other(tmp_path):
     torch.testing.assert_close(model(x), expected)
     lrcompile.remove(model)
     assert set(model.state_dict()) == base
-    torch.testing.assert_close(model(x), Net.forward(lrcompile.remove(plain), x))
+    torch.testing.assert_close(model(x), lrcompile.remove(plain)(x))
     lrcompile.load(model, tmp_path / "a")
     torch.testing.assert_close(model(x), expected)
 
@@ -277,6 +277,27 @@ def test_a_memory_budget_keeps_less_for_the_backward_pass_and_gives_the_same_gra
         agree(run, model, ids(4, 6))
         kept.append(saved_bytes(run, model, ids(4, 6)))
     assert kept[0] > kept[1] > kept[2] > 0
+
+
+@pytest.mark.parametrize("method", ["galore", "q-galore"])
+def test_the_step_that_finds_a_projection_is_one_graph_too(method):
+    def trained(compile: bool) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        model: Any = nn.Sequential(nn.Linear(11, 7), nn.Tanh(), nn.Linear(7, 13)).double()
+        lrcompile.apply(model, lrcompile.spec(method, rank=2, targets=["0", "2"], update_proj_gap=2, seed=5))
+        optimizer = lrcompile.optimizer(model, torch.optim.AdamW, lr=0.05)
+        run = compiled(model, fullgraph=True) if compile else model
+        for at in range(4):
+            x = torch.randn(6, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(at))
+            optimizer.zero_grad()
+            run(x).square().mean().backward()
+            optimizer.step()
+        assert not compile or graphs(model) == 2  # P is found, P is used
+        return model.state_dict()
+
+    eager = trained(compile=False)
+    for name, tensor in trained(compile=True).items():
+        torch.testing.assert_close(tensor, eager[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +332,7 @@ def test_a_model_without_adapters_is_compiled_as_it_is():
 
 def test_torchs_own_settings_are_as_before_outside_the_model():
     def settings() -> tuple[Any, ...]:
-        symbols: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
+        symbols: Any = torch.fx.experimental._config
         compiler, tracing = torch.compiler.config, torch._dynamo.config
         return (
             compiler.dynamic_sources, compiler.unbacked_sources, tracing.recompile_limit, tracing.specialize_float,
