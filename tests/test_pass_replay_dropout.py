@@ -175,8 +175,8 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_seed_stands_for_the_mask_between_the_passes(name):
-    """LoRA-FA with dropout keeps rows·rank elements and eight bytes. Where x is kept it is x itself, not drop(x): that is
-    formed once in either pass, and a gradient goes through the mask once.
+    """LoRA-FA with dropout keeps rows·rank elements and eight bytes. Where x is kept it is x itself, not drop(x), which
+    is formed once in either pass; a gradient goes through the mask once.
     """
     make, shapes, drops = KEPT[name]
     found = step(make(), lead(), pipeline=GROUPED)
