@@ -108,7 +108,7 @@ def test_a_stored_name_that_no_longer_exists_is_measured_anew(stored: Path):
     [
         b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b"{}", b'{"schema": 2, "choices": {}}',
         b'{"schema": 1}', b'{"schema": 1, "choices": []}', b'{"schema": 1, "choices": {"a": 1}}',
-        b" " * (LARGEST_FILE + 1) + b"{}",
+        json.dumps({"schema": 1, "choices": {str(ONE): "aten"}}).encode() + b" " * LARGEST_FILE,
     ],
 )  # fmt: skip
 def test_a_foreign_or_broken_file_is_as_if_absent_and_then_replaced(stored: Path, content: bytes):
