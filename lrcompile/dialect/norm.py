@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lrcompile.dialect.nf4  # noqa: F401  (registers nf4_linear)
 from lrcompile.dialect import LIBRARY
+from lrcompile.dialect.plain import plain
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
 
 LIBRARY.define("dora_norm(Tensor W, Tensor A, Tensor B, Tensor scale, bool transposed=False) -> Tensor")
@@ -45,8 +46,8 @@ def nf4_dora_norm(
     """n_i = ‖(dq(W) + s·BA)_i‖: as `dora_norm`, W held as NF4 and dequantized to `dtype`, which n has too."""
     nf4 = Nf4(codes, absmax, absmax_scale, absmax_offset)
     shape = (in_features, out_features) if transposed else (out_features, in_features)
-    traced = type(codes) is not Tensor  # a graph cannot hold the loop that writes W chunk by chunk
-    W = dequantize_nf4(nf4, shape, block_size, dtype, whole=traced)
+    # a graph cannot hold the loop that writes W chunk by chunk
+    W = dequantize_nf4(nf4, shape, block_size, dtype, whole=not plain(codes))
     with without_autocast(codes.device):
         squares = squared_rows(W.t() if transposed else W, dtype)
         AW = torch.ops.lrcompile.nf4_linear.default(
@@ -80,7 +81,7 @@ def squared_rows(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _wide_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for rows in (W,) if W.dtype == dtype else W.split(max(1, BLOCK // W.shape[1])):
+    for rows in W.split(max(1, BLOCK // W.shape[1])) if plain(W) and W.dtype != dtype else (W,):
         yield rows.to(dtype)
 
 
