@@ -21,7 +21,7 @@ def render(
     # a cell of several lines makes as many of its row
     lines = [line for row in cells for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
     lines = [tuple(columns), *lines]
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     numeric = [bool(cells) and all(map(_is_number, column)) for column in zip(*cells, strict=True)]
     right = numeric or [False] * len(widths)
     aligned = [GAP.join(map(_aligned, line, widths, right)).rstrip() for line in lines]
@@ -30,8 +30,12 @@ def render(
     return "\n".join(part for part in (title, *body, *(f"· {note}" for note in notes)) if part)
 
 
+def _width(cell: str) -> int:
+    return len(cell) if cell.isascii() else cell_len(cell)
+
+
 def _aligned(cell: str, width: int, right: bool) -> str:
-    blanks = " " * (width - cell_len(cell))
+    blanks = " " * (width - _width(cell))
     return blanks + cell if right else cell + blanks
 
 
