@@ -144,7 +144,7 @@ def draws(node: fx.Node) -> bool:
     return name.startswith(("rand", "normal", "bernoulli", "multinomial", "poisson")) or "dropout" in name
 
 
-class Order:
+class Places:
     """Where the nodes of a graph are when it is made, and what lies between."""
 
     def __init__(self, graph: fx.Graph):

@@ -14,7 +14,7 @@ from lrcompile.lowered.group import AdaptedGroup
 from lrcompile.lowered.members import Member, Role
 from lrcompile.lowered.operands import Operands
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Linear, Order, calls, drop_dead, dropout_of, linear_at, same, trains, value
+from lrcompile.passes.captured import Linear, Places, calls, drop_dead, dropout_of, linear_at, same, trains, value
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -36,16 +36,16 @@ class GroupByInput(Pass[fx.GraphModule]):
 
     def apply(self, subject: fx.GraphModule) -> Result:
         graph, refusals, found = subject.graph, [], []
-        order = Order(graph)
+        places = Places(graph)
         for node in graph.nodes:
             if calls(node, LORA, PROJECT) or isinstance(node.target, ReplayedLora):
-                site = _site(node, order)
+                site = _site(node, places)
                 if isinstance(site, _Site):
                     found.append(site)
                 else:
                     refusals.append(Refusal(node.name, site))
-        groups = _grouped(order, found)
-        ahead = [order.ahead(_operands(group), group[0].node) for group in groups]
+        groups = _grouped(places, found)
+        ahead = [places.ahead(_operands(group), group[0].node) for group in groups]
         for group, nodes in reversed(list(zip(groups, ahead, strict=True))):  # a node two need goes to the earlier one
             for node in nodes:
                 group[0].node.prepend(node)
@@ -69,7 +69,7 @@ class _Site:
     seed: fx.Node | None = None
 
 
-def _site(node: fx.Node, order: Order) -> _Site | str:
+def _site(node: fx.Node, places: Places) -> _Site | str:
     y = node.args[0]
     linear = linear_at(y)
     if linear is None:
@@ -78,7 +78,7 @@ def _site(node: fx.Node, order: Order) -> _Site | str:
         return "another node sees the base's output"
     if node.args[1] is not linear.x:
         return "the adapter and the base have different inputs"
-    if order.written(linear.nodes[0], node):
+    if places.written(linear.nodes[0], node):
         return "tensors or modes may change between the base and the adapter"
     if calls(node, PROJECT):
         _, _, Z, P, right = node.args
@@ -94,7 +94,7 @@ def _site(node: fx.Node, order: Order) -> _Site | str:
     return _Site(node, linear, "pair", A, B, scale, p, seed)  # type: ignore[arg-type]
 
 
-def _grouped(order: Order, sites: Sequence[_Site]) -> list[list[_Site]]:
+def _grouped(places: Places, sites: Sequence[_Site]) -> list[list[_Site]]:
     """Sites of one input, as far as all can be computed where the first is."""
     by_input: dict[fx.Node, list[list[_Site]]] = {}
     nodes = {site.node for site in sites}
@@ -102,12 +102,12 @@ def _grouped(order: Order, sites: Sequence[_Site]) -> list[list[_Site]]:
         groups = by_input.setdefault(site.linear.x, [])
         for group in groups:
             anchor = group[0].node
-            if not order.written(anchor, site.node) and nodes.isdisjoint(order.ahead(_operands([site]), anchor)):
+            if not places.written(anchor, site.node) and nodes.isdisjoint(places.ahead(_operands([site]), anchor)):
                 group.append(site)
                 break
         else:
             groups.append([site])
-    return sorted((group for groups in by_input.values() for group in groups), key=lambda each: order[each[0].node])
+    return sorted((group for groups in by_input.values() for group in groups), key=lambda each: places[each[0].node])
 
 
 def _operands(sites: Sequence[_Site]) -> list[fx.Node]:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
-from lrcompile.passes.captured import Order, calls, dropout_of, value
+from lrcompile.passes.captured import Places, calls, dropout_of, value
 from lrcompile.passes.nodes import LORA
 
 
@@ -30,14 +30,14 @@ class StackAdapters(Pass[fx.GraphModule]):
 
     def apply(self, subject: fx.GraphModule) -> Result:
         graph, refusals, count = subject.graph, [], 0
-        order = Order(graph)
+        places = Places(graph)
         taken: set[fx.Node] = set()
         for last in reversed(list(graph.nodes)):
             if not calls(last, LORA) or last in taken:
                 continue
             chain = [last]
             while calls(below := chain[0].args[0], LORA):
-                if reason := _apart(below, chain[0], order):
+                if reason := _apart(below, chain[0], places):
                     refusals.append(Refusal(chain[0].name, reason))
                     break
                 chain.insert(0, below)
@@ -51,7 +51,7 @@ class StackAdapters(Pass[fx.GraphModule]):
         return Result(count, tuple(refusals))
 
 
-def _apart(below: fx.Node, above: fx.Node, order: Order) -> str | None:
+def _apart(below: fx.Node, above: fx.Node, places: Places) -> str | None:
     """Why two adapters stay two."""
     if len(below.users) != 1:
         return "another node sees the value between two adapters"
@@ -61,7 +61,7 @@ def _apart(below: fx.Node, above: fx.Node, order: Order) -> str | None:
         return "dropout is active: each adapter draws its own mask"
     if any(value(each.args[2]).dim() != 2 for each in (below, above)):
         return "their factors are stacks"
-    if order.written(below, above):
+    if places.written(below, above):
         return "tensors or modes may change between two adapters"
     return None
 
