@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh` runs from start to end, here on a CPU with tiny sizes, and says what failed or is missing, and why."""
+"""`benchmarks/gpu.sh` runs from start to end, here on a CPU with tiny sizes, and says what failed or is missing."""
 
 from __future__ import annotations
 
