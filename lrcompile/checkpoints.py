@@ -17,6 +17,7 @@ from lrcompile.checkpointing.origin import origin_of
 from lrcompile.checkpointing.plans import check, refuse_other_base_values, values_at
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.state import State, has_state, require_name, state_of
+from lrcompile.walking import first_of_each_class
 from lrcompile.wrapping import refuse_wrapped, within
 from lrcompile.writing import atomic_folder
 from lrcompile.written import refuse_written
@@ -148,9 +149,9 @@ def _refuse_absent(tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_peft_model(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+    for cls, name in first_of_each_class(model).items():
+        if any(each.__module__.startswith("peft.") for each in cls.__mro__):
             raise AdapterError(
-                f"{name or 'the model'} is PEFT's {type(module).__name__}; load into the plain model"
+                f"{name or 'the model'} is PEFT's {cls.__name__}; load into the plain model"
                 " (peft_model.unload() gives it back)"
             )

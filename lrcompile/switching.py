@@ -114,7 +114,8 @@ def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
         require_name(state, name)
     state.training = names
     for _, parameter in parameters(model):
-        parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
     for name in names:
         trains = recipe(state.specs[name].method).trains
         for key, tensor in adapter_tensors(model, state, name):

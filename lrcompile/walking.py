@@ -41,6 +41,14 @@ def every_name(model: nn.Module) -> dict[nn.Module, list[str]]:
     return out
 
 
+def first_of_each_class(model: nn.Module) -> dict[type[nn.Module], str]:
+    """The classes of the modules, each with the name of the first of them."""
+    out: dict[type[nn.Module], str] = {}
+    for name, module in modules(model):
+        out.setdefault(type(module), name)
+    return out
+
+
 def parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, nn.Parameter]]:
     """As `named_parameters`: each once."""
     return _held("_parameters", model, adapters)

@@ -9,17 +9,14 @@ import sys
 from torch import nn
 
 from lrcompile.errors import AdapterError, LrcompileError
-from lrcompile.walking import modules, parameters
+from lrcompile.walking import first_of_each_class, parameters
 
 
 def refuse_wrapped(model: nn.Module, doing: str) -> None:
     """Raise `AdapterError` with the right order of calls if `model`, or anything in it, is wrapped or sharded."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"cannot {doing} a {type(model).__name__}: a torch.nn.Module was expected")
-    names: dict[type, str] = {}
-    for name, module in modules(model):
-        names.setdefault(type(module), name)
-    for cls, name in names.items():
+    for cls, name in first_of_each_class(model).items():
         if wrapper := _wrapper(cls):
             raise AdapterError(
                 f"{name or 'the model'} is wrapped by {wrapper}; {doing} the plain model first and wrap it afterwards"
