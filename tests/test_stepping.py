@@ -202,8 +202,10 @@ def test_a_loss_of_the_users_sees_output_and_batch() -> None:
     assert_same(ours, model, 1e-12)
 
 
-def test_state_is_loaded_in_between() -> None:
+def test_state_is_loaded_in_between_and_hooks_are_called_once_a_step() -> None:
     (model, optimizer), (ours, stepped) = made("lora", momentum=0.9), made("lora", momentum=0.9)
+    called = []
+    stepped.register_step_post_hook(lambda *_: called.append(ours.query.weight.grad))
     step = lrcompile.compile_step(ours, stepped, options=EAGER)
     for number in range(STEPS):
         if number == 3:
@@ -211,6 +213,7 @@ def test_state_is_loaded_in_between() -> None:
             assert stepped.state_dict()["param_groups"][0]["lrcompile_steps"] == 3
         plain(model, optimizer, number)
         step(**batch(number))
+    assert stepped.param_groups[0]["lrcompile_steps"] == len(called) == STEPS
     assert_same(ours, model, 1e-12)
 
 
