@@ -191,15 +191,11 @@ def _check_ranks(spec: Spec, hit: Sequence[Site]) -> None:
 
 
 def _tie_notes(model: nn.Module, hit: Sequence[Site]) -> list[str]:
-    owners = owners_of_parameters(model)
+    tied = {key: names for key, names in owners_of_parameters(model).items() if len(names) > 1}
     notes = []
-    for site in hit:
-        others = [
-            name
-            for name in owners.get(id(submodule(model, site.host)._parameters.get(site.slot)), ())
-            if name != site.parameter
-        ]
-        if others:
+    for site in hit if tied else ():
+        names = tied.get(id(submodule(model, site.host)._parameters.get(site.slot)), ())
+        if others := [name for name in names if name != site.parameter]:
             notes.append(
                 f"{site.name} shares its weight with {', '.join(others)}: only this use is adapted; merging unties them"
             )

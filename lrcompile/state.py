@@ -106,8 +106,9 @@ def adapter_tensors(model: nn.Module, state: State, name: str) -> Iterator[tuple
 
 
 def tensors_at(model: nn.Module, site: Site, name: str) -> list[tuple[str, nn.Parameter]]:
-    prefix = ".".join(part for part in (site.host, ADAPTERS, site.slot, name) if part)
-    return [(f"{prefix}.{local}", tensor) for local, tensor in parameters(adapter_set(model, site)[name])]
+    prefix = f"{site.host}." if site.host else ""
+    own = parameters(adapter_set(model, site)[name])
+    return [(f"{prefix}{ADAPTERS}.{site.slot}.{name}.{local}", tensor) for local, tensor in own]
 
 
 def require_name(state: State, name: str) -> None:

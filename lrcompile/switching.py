@@ -113,14 +113,14 @@ def set_training(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         require_name(state, name)
     state.training = names
-    for _, parameter in parameters(model):
+    for _, parameter in parameters(model, adapters=False):
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-    for name in names:
-        trains = recipe(state.specs[name].method).trains
+    for name in state.specs:
+        trains = recipe(state.specs[name].method).trains if name in names else ()
         for key, tensor in adapter_tensors(model, state, name):
-            if key.rpartition(".")[2] in trains:
-                tensor.requires_grad_(True)
+            tensor.requires_grad_(key.rpartition(".")[2] in trains)
+    for name in names:
         for key in state.trained.names_of(name):
             model.get_parameter(key).requires_grad_(True)
 
