@@ -287,6 +287,7 @@ def test_registers_and_spills_are_read_from_what_was_compiled(tmp_path: Path, mo
 
 
 def test_a_module_that_does_not_compile_is_an_error_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
     (tmp_path / "broken.py").write_text(SPILLING.replace("tl.sum(value)", "no_such_thing(value)"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(LrcompileError, match="no_such_thing"):
