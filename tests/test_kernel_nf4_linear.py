@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.poisoned import bound_ratio, flat_within_nan, unwritten
 
 import lrcompile.dialect.nf4  # noqa: F401  (registers lrcompile::nf4_linear)
-from lrcompile.kernel_tools import tuning
+from lrcompile.kernel_tools import parts, tuning
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import Config, config
 from lrcompile.kernel_tools.tuning import Tuner
@@ -29,7 +29,6 @@ pytest.importorskip("triton")
 fused = pytest.importorskip("lrcompile.kernels.nf4_linear.fused")
 nibbles = pytest.importorskip("lrcompile.kernels.nf4_linear.nibbles")
 operands = pytest.importorskip("lrcompile.kernels.nf4_linear.operands")
-partial_sums = pytest.importorskip("lrcompile.kernels.nf4_linear.partial")
 
 HALVES = (torch.bfloat16, torch.float16)
 LIMIT = 4
@@ -143,7 +142,7 @@ def test_where_maxima_multiply_sums_only_the_code_book_and_the_output_are_rounde
 
 @pytest.mark.parametrize(("path", "config", "transposed"), [("skinny", SKINNY, False), ("tiled", TILED, True)])
 def test_programs_that_share_a_tile_add_up(path, config, transposed, monkeypatch, nan_when_empty):
-    monkeypatch.setattr(partial_sums, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(parts, "FEWEST_STEPS", 1)
     n, k = 24, 160
     nf4 = quantize_nf4(_weight((k, n) if transposed else (n, k)), 32, True)
     x, bias = _weight((9, k), torch.float16, 1), _weight(n, torch.float32, 2)
@@ -164,7 +163,7 @@ def nan_when_empty() -> Iterator[None]:
     ("tiles", "steps", "shared"), [(1, 64, 16), (32, 64, 8), (33, 64, 8), (132, 64, 2), (400, 64, 1), (1, 7, 1)]
 )
 def test_a_tile_is_shared_by_as_many_programs_as_keep_a_device_busy(tiles, steps, shared):
-    assert partial_sums.parts(tiles, steps, torch.device("cpu")) == shared
+    assert parts.parts(tiles, steps, torch.device("cpu")) == shared
 
 
 def _emulated(words: list[int], table: list[int]) -> list[list[int]]:

@@ -13,10 +13,6 @@ from lrcompile.kernel_tools.launches import Launch, config
 from lrcompile.kernels.nf4_linear.operands import Operands
 
 CONFIG = config(4, 1, BLOCK=1024)
-FEWEST_STEPS = 4
-"""Of a program along the inner elements: with fewer, starting up costs more than the others help."""
-ASSUMED_PROCESSORS = 132
-"""Where no device says how many it has: an H100's or H200's."""
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -30,17 +26,6 @@ def _sum(partial, bias, y, rows, out_features, parts, BLOCK: tl.constexpr):
     if bias is not None:
         total += tl.load(bias + element % out_features, mask=within, other=0.0).to(tl.float32)
     tl.store(y + element, total.to(y.dtype.element_ty), mask=within)
-
-
-def parts(tiles: int, steps: int, device: torch.device) -> int:
-    """Programs that share a tile, a power of two: as many as keep the device busy, none of them with too little."""
-    processors = ASSUMED_PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    shared = 1
-    while 2 * shared * tiles <= 2 * processors and 2 * shared * FEWEST_STEPS <= steps:
-        shared *= 2
-    return shared
 
 
 def shared(launch: Launch, operands: Operands, parts: int) -> list[Launch]:

@@ -12,10 +12,11 @@ import triton.language as tl
 
 from lrcompile.kernel_tools.fused import dot
 from lrcompile.kernel_tools.launches import Config, Launch, config
+from lrcompile.kernel_tools.parts import parts
 from lrcompile.kernels.nf4_dequant.decoding import decoded_maxima
 from lrcompile.kernels.nf4_linear.nibbles import table, values
 from lrcompile.kernels.nf4_linear.operands import Operands
-from lrcompile.kernels.nf4_linear.partial import parts, shared
+from lrcompile.kernels.nf4_linear.partial import shared
 
 CONFIGS = {
     90: (
