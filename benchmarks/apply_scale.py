@@ -65,7 +65,6 @@ class Times:
         self.cpu: dict[str, list[float]] = {}
 
     def __call__(self, name: str, operation: Callable[[], T]) -> T:
-        gc.collect()
         wall, cpu = time.perf_counter(), time.process_time()
         result = operation()
         self.cpu.setdefault(name, []).append(time.process_time() - cpu)
@@ -80,7 +79,6 @@ class Peaks:
         self.bytes: dict[str, int] = {}
 
     def __call__(self, name: str, operation: Callable[[], T]) -> T:
-        gc.collect()
         tracemalloc.start()
         try:
             result = operation()
@@ -152,6 +150,7 @@ def measure(size: str, *, narrow: bool, rounds: int) -> dict[str, Any]:
     peaks = {name: Peaks() for name in names}
 
     def run(name: str, measured: Meter) -> None:
+        gc.collect()  # of the run before; within one the collector is on, as it is for users
         with tempfile.TemporaryDirectory() as folder:
             CONTENDERS[name](llama(size, narrow=narrow), measured, Path(folder, "adapter"), narrow)
 
