@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import random
 import statistics
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from zoo.training import Step, flops
 
+from steps.accuracy import errors
 from steps.ratios import interval, percentile
 from steps.variants import Variant
 
@@ -38,7 +38,12 @@ class Measured:
     """Launched in a step, on a GPU."""
     compile_seconds: float | None = None
     error: dict[str, float] = field(default_factory=dict)
-    """Of the output and of the input's gradient against float64, largest as a share of the largest value there."""
+    """Of the output, the input's gradient and the worst gradient of a trained tensor against true float64, largest as a
+    share of the largest value there."""
+    seldom_ms: float | None = None
+    """What a step costs more that does what is due only now and then."""
+    amortised: list[float] | None = None
+    """The ratio with that spread over the steps between."""
 
 
 @dataclass
@@ -55,8 +60,15 @@ def step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, w: Tenso
         p.grad = None
 
 
-def measure(found: Sequence[Variant], x: Tensor, w: Tensor, pairs: int, track: Callable[[Any], Iterable[Any]]) -> dict:
-    """By name of the variant."""
+def measure(
+    found: Sequence[Variant],
+    x: Tensor,
+    w: Tensor,
+    pairs: int,
+    track: Callable[[Any], Iterable[Any]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, Any]]:
+    """By name of the variant. `clock` is read in seconds when a step begins and when it is done."""
     results = {each.name: Measured() for each in found}
     running = [_started(each, results[each.name], x, w) for each in found]
     gc.collect()
@@ -64,11 +76,10 @@ def measure(found: Sequence[Variant], x: Tensor, w: Tensor, pairs: int, track: C
     for _ in track(range(pairs)):
         for each in random.sample(running, len(running)):
             _changed(each)
-            _wait(x)
-            start = time.perf_counter()
-            step(each.call, each.variant.model, x, w)
-            _wait(x)
-            each.times.append(time.perf_counter() - start)
+            each.times.append(_timed(each, x, w, clock))
+    for each in running:
+        if each.variant.seldom is not None:
+            results[each.variant.name].seldom_ms = _seldom(each, each.variant.seldom, x, w, clock) * 1e3
     gc.enable()
     times = {each.variant.name: each.times for each in running}
     for each in running:
@@ -76,8 +87,32 @@ def measure(found: Sequence[Variant], x: Tensor, w: Tensor, pairs: int, track: C
         ratios = [a / b for a, b in zip(each.times, times[each.variant.beside], strict=True)]
         result.median_ms = statistics.median(each.times) * 1e3
         result.ratio, result.p10, result.p90 = interval(ratios), percentile(ratios, 0.1), percentile(ratios, 0.9)
+        if result.seldom_ms is not None:
+            more = result.seldom_ms / each.variant.gap / (statistics.median(times[each.variant.beside]) * 1e3)
+            result.amortised = [ratio + more for ratio in result.ratio]
         result.peak_bytes, result.kernels = _profiled(each, x, w)
     return {name: asdict(result) for name, result in results.items()}
+
+
+def _timed(each: Running, x: Tensor, w: Tensor, clock: Callable[[], float]) -> float:
+    _wait(x)
+    start = clock()
+    step(each.call, each.variant.model, x, w)
+    _wait(x)
+    return clock() - start
+
+
+def _seldom(
+    each: Running, prepare: Callable[[], None], x: Tensor, w: Tensor, clock: Callable[[], float], rounds: int = 5
+) -> float:
+    """Seconds that a step takes longer after `prepare`."""
+    more = []
+    for _ in range(rounds):
+        plain = _timed(each, x, w, clock)
+        prepare()
+        more.append(_timed(each, x, w, clock) - plain)
+        each.variant.usual()
+    return statistics.median(more)
 
 
 def _started(variant: Variant, result: Measured, x: Tensor, w: Tensor) -> Running:
@@ -94,7 +129,7 @@ def _started(variant: Variant, result: Measured, x: Tensor, w: Tensor) -> Runnin
         start = time.perf_counter()
         step(call, variant.model, x, w)
         result.compile_seconds = time.perf_counter() - start
-    result.error = _errors(call, variant.model, x, w)
+    result.error = errors(call, variant.model, x, w)
     running = Running(variant, call)
     step(call, variant.model, x, w)
     return running
@@ -156,22 +191,6 @@ def _saved(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def _errors(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, w: Tensor) -> dict[str, float]:
-    """Against a float64 copy, whose norms and softmax still compute in float32 where the model says so."""
-    y = call(x)
-    (gradient,) = torch.autograd.grad((y * w).sum(), x)
-    found = {"y": y.detach(), "dx": gradient}
-    try:
-        exact = copy.deepcopy(model).double()
-    except (RuntimeError, TypeError, NotImplementedError):  # codes of another library cannot be widened
-        return {}
-    wide = x.detach().double().requires_grad_(True)
-    reference = exact(wide)
-    (other,) = torch.autograd.grad((reference * w.double()).sum(), wide)
-    truth = {"y": reference.detach(), "dx": other}
-    return {key: float((found[key] - truth[key]).abs().max() / truth[key].abs().max()) for key in found}
-
-
 def _profiled(each: Running, x: Tensor, w: Tensor) -> tuple[int | None, int | None]:
     """Peak of what a step allocates beyond what was there, and the kernels it launches on a GPU."""
     kind = torch.profiler.ProfilerActivity
@@ -185,8 +204,9 @@ def _profiled(each: Running, x: Tensor, w: Tensor) -> tuple[int | None, int | No
         kernels = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
         return torch.cuda.max_memory_allocated() - before, kernels
     now = peak = 0
-    found = [event for event in profile.events() if event.name == "[memory]"]
-    for event in sorted(found, key=lambda event: event.time_range.start):
-        now += event.cpu_memory_usage
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
         peak = max(peak, now)
     return peak, None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,14 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 import lrcompile
+from lrcompile.recipes.forms.galore import ProjectedGradient
 
 RANK, ALPHA = 16, 32
-METHODS = ("lora", "dora", "lora-fa", "vera", "qlora", "galore")
+METHODS = ("lora", "dora", "lora-fa", "vera", "qlora", "galore", "galore/16")
+GALORE = {"galore": 4, "galore/16": 16}
+"""What share of the width the rank is."""
+GAP = 200
+"""Steps between two projections of GaLore."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,15 @@ class Variant:
     """The variant whose step is the denominator."""
     compiled: Callable[[nn.Module, Any], Any] | None = None
     """(model, inner) to a compiled model; `inner` None is Inductor."""
+    seldom: Callable[[], None] | None = None
+    """Makes the next step one that does what is due every `gap` steps; `usual` makes it an ordinary one again."""
+    usual: Callable[[], None] = lambda: None
+    gap: int = 1
 
 
 def spec(method: str, width: int) -> lrcompile.Spec:
-    if method == "galore":
-        return lrcompile.spec("galore", rank=width // 4)
+    if method in GALORE:
+        return lrcompile.spec("galore", rank=width // GALORE[method], update_proj_gap=GAP)
     if method == "vera":
         return lrcompile.spec("vera", rank=256, seed=0)
     return lrcompile.spec(method, rank=RANK, alpha=ALPHA)
@@ -41,8 +50,8 @@ def spec(method: str, width: int) -> lrcompile.Spec:
 def variants(model: nn.Module, method: str, width: int) -> tuple[list[Variant], dict[str, str]]:
     """The variants there are, and why others are not."""
     frozen = copy.deepcopy(model).requires_grad_(False)
-    beside = "full" if method == "galore" else "frozen"
-    if method == "galore":
+    beside = "full" if method in GALORE else "frozen"
+    if method in GALORE:
         for module in frozen.modules():
             if isinstance(module, nn.Linear):
                 module.weight.requires_grad_(True)
@@ -51,7 +60,7 @@ def variants(model: nn.Module, method: str, width: int) -> tuple[list[Variant], 
     _fill(ours)
     found = [
         Variant(beside, frozen, beside),
-        Variant("ours", ours, beside),
+        _renewing(Variant("ours", ours, beside)) if method in GALORE else Variant("ours", ours, beside),
         Variant(f"{beside} compiled", frozen, f"{beside} compiled", _stock),
         Variant("ours compiled", ours, f"{beside} compiled", _ours),
     ]
@@ -71,6 +80,17 @@ def variants(model: nn.Module, method: str, width: int) -> tuple[list[Variant], 
     return [*found, *_on_a_gpu(model, method, names, missing)], missing
 
 
+def _renewing(variant: Variant) -> Variant:
+    """Every `GAP` steps P is found anew."""
+    sites = [module for module in variant.model.modules() if isinstance(module, ProjectedGradient)]
+
+    def due(step: int, anew: bool) -> None:
+        for site in sites:
+            site.schedule(step, anew=anew)
+
+    return replace(variant, seldom=lambda: due(0, True), usual=lambda: due(-1, False), gap=GAP)
+
+
 def _ours(model: nn.Module, inner: Any) -> Any:
     return lrcompile.compile(model, dynamic=False, options={} if inner is None else {"inner": inner})
 
@@ -88,7 +108,7 @@ def _fill(model: nn.Module) -> None:
 
 
 def _peft(model: nn.Module, method: str, names: list[str], own_dtype: bool) -> nn.Module:
-    if method == "galore":
+    if method in GALORE:
         raise NotImplementedError("PEFT has no GaLore; the denominator is full fine-tuning of the same layers")
     base: nn.Module = copy.deepcopy(model)
     if method == "qlora":
