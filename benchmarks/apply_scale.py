@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lora_step import interval
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
+from steps.ratios import interval
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
