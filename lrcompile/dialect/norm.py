@@ -16,6 +16,7 @@ from torch import Tensor
 import lrcompile.dialect.nf4  # noqa: F401  (registers nf4_linear)
 from lrcompile.dialect import LIBRARY
 from lrcompile.dialect.plain import plain
+from lrcompile.kernels.dora_norm import ops as ops  # registers the ops that are called where nothing is traced
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
 
 LIBRARY.define("dora_norm(Tensor W, Tensor A, Tensor B, Tensor scale, bool transposed=False) -> Tensor")
@@ -32,10 +33,12 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: Tensor, transposed: bool =
     W `[out, in]`, or `[in, out]` if `transposed`; A `[rank, in]`, B `[out, rank]`, scale 0-d; n `[out]` in float32, or
     float64 for a float64 W, whatever autocast says.
     """
-    W = (W.t() if transposed else W).detach()
+    W, A, B = (W.t() if transposed else W).detach(), A.detach(), B.detach()
     dtype = torch.promote_types(W.dtype, torch.float32)
     with without_autocast(W.device):
-        return norms(squared_rows(W, dtype), product_of(A.detach(), W, dtype), A, B, scale)
+        if plain(W):  # what is traced stays in aten, which everything can be translated from
+            return torch.ops.lrcompile_kernels.dora_norm(W, A, B, scale, None)
+        return norms(squared_rows(W, dtype), product_of(A, W, dtype), A, B, scale)
 
 
 @torch.library.impl(LIBRARY, "nf4_dora_norm", "CompositeImplicitAutograd")
@@ -46,9 +49,12 @@ def nf4_dora_norm(
     """n_i = ‖(dq(W) + s·BA)_i‖: as `dora_norm`, W held as NF4 and dequantized to `dtype`, which n has too."""
     nf4 = Nf4(codes, absmax, absmax_scale, absmax_offset)
     shape = (in_features, out_features) if transposed else (out_features, in_features)
-    # a graph cannot hold the loop that writes W chunk by chunk
-    W = dequantize_nf4(nf4, shape, block_size, dtype, whole=not plain(codes))
     with without_autocast(codes.device):
+        if plain(codes):
+            return torch.ops.lrcompile_kernels.nf4_dora_norm(
+                *nf4, A.detach(), B.detach(), scale, None, block_size, transposed, dtype
+            )
+        W = dequantize_nf4(nf4, shape, block_size, dtype, whole=True)
         squares = squared_rows(W.t() if transposed else W, dtype)
         AW = torch.ops.lrcompile.nf4_linear.default(
             A.detach().to(dtype), *nf4, None, out_features, in_features, block_size, transposed, dtype

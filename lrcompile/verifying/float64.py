@@ -34,7 +34,8 @@ _WIDE = {
 _FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor})
 # Reading bits as another type is not arithmetic; `_check` refuses what comes out if it is a narrow float.
 _REINTERPRET = frozenset({torch.ops.aten.view.dtype})
-_NF4 = "lrcompile::nf4_linear"
+_OURS = ("lrcompile", "lrcompile_kernels")
+"""Namespaces of the operators that read NF4 storage."""
 
 
 def widen(value: Any) -> Any:
@@ -64,7 +65,7 @@ class _Widen(TorchDispatchMode):
             return _check(func, func(*args, **(kwargs or {})))
         _refuse_lost_writes(func, args, kwargs or {})
         args, kwargs = tree_map(_argument, (args, kwargs or {}))
-        if func._schema.name == _NF4:
+        if func.namespace in _OURS:
             args, kwargs = _stored_constants(func, args, kwargs)
         return _check(func, func(*args, **kwargs))
 
@@ -76,7 +77,7 @@ def _argument(value: Any) -> Any:
 def _stored_constants(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An NF4 base's block constants go back to float32, the type the operator takes; they were stored so, hence
+    """An NF4 base's block constants go back to float32, the type our operators take; they were stored so, hence
     exactly.
     """
 

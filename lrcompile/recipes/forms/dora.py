@@ -99,9 +99,14 @@ class DoraAdapter(Hosted, LoraAdapter):
         return squared_rows(self.base_weight(host).detach(), wide_dtype(host))
 
     def _norms_now(self, host: nn.Module, squares: Tensor) -> Tensor:
+        pair = (self.A.detach(), self.B.detach(), self.scale)
         with without_autocast(squares.device):
-            AW = self.base_product(host, self.A.detach(), squares.dtype)
-            return norms(squares, AW, self.A, self.B, self.scale)
+            if not is_nf4(host):
+                return torch.ops.lrcompile_kernels.dora_norm(self.base_weight(host).detach(), *pair, squares)
+            layout = layout_of(host)
+            return torch.ops.lrcompile_kernels.nf4_dora_norm(
+                *codes_of(host), *pair, squares, layout.block_size, layout.transposed, squares.dtype
+            )
 
     def _norms_of_map(self, W: Tensor) -> Tensor:
         return norms(squared_rows(W, W.dtype), product_of(self.A.detach(), W, W.dtype), self.A, self.B, self.scale)
