@@ -321,7 +321,7 @@ def _surrounded(nf4: Nf4) -> Nf4:
     ("shape", "block_size"),
     [
         ((1, 1), 32), ((13, 7), 32), ((37, 53), 64), ((16, 96), 128), ((9, 111), 256), ((64, 16), 512),
-        ((5, 613), 1024), ((33, 65), 2048), ((70, 63), 4096),
+        ((5, 613), 1024), ((33, 65), 2048), ((70, 63), 4096), ((70, 131), 32),
     ],
 )  # fmt: skip
 def test_the_kernel_writes_the_bits_of_the_definition(shape, block_size, dtype, double_quant):
