@@ -16,11 +16,15 @@ ADAPTERS = "lrcompile_adapters"
 class AdapterSet(nn.Module):
     """The adapters of one weight by name. `active` ones act now, in order; `merged` ones act through the weight."""
 
-    live: tuple[Any, ...] = ()
+    live: tuple[Any, ...]
     """The adapters a forward applies, in order. Modules, not names: a compiled forward depends on what it reads, and
     one that read names would have to be compiled again for an adapter that only has another name."""
-    _active: tuple[str, ...] = ()
-    _merged: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active: tuple[str, ...] = ()
+        self._merged: tuple[str, ...] = ()
+        self._choose()
 
     @property
     def active(self) -> tuple[str, ...]:
