@@ -71,7 +71,7 @@ def cost(
         padded, an_element = -(-rows // tile) * tile, (4.2 + 0.03 * tile) * -(-rows // tile)
     elif path == "tiled":
         tile = min(max(16, 1 << (rows - 1).bit_length()), 256)
-        padded, an_element = -(-rows // tile) * tile, 8.6 * -(-rows // tile)
+        padded, an_element = -(-rows // tile) * tile, (8.6 if tile <= 64 else 10.0) * -(-rows // tile)
     else:
         raise ValueError(f"path is {path!r}; expected gemv, skinny, tiled or dequantize")
     return (Cost(stored + inputs_and_outputs, 2.0 * padded * numel, an_element * numel, 1),)
