@@ -16,29 +16,31 @@ import triton.language as tl
 from lrcompile.kernel_tools.fused import dot
 from lrcompile.kernel_tools.launches import Config, Launch, config
 from lrcompile.kernels.nf4_dequant.decoding import decoded_maxima
-from lrcompile.kernels.nf4_linear.nibbles import halves, table, values
+from lrcompile.kernels.nf4_linear.nibbles import halves, pairs, table, values, values_partly_looked_up
 from lrcompile.kernels.nf4_linear.operands import Operands
 
 MOST_ROWS = 16
 CONFIGS = (
-    config(8, 1, SLICES=8, OUTPUTS=32),
-    config(4, 1, SLICES=4, OUTPUTS=32),
-    config(8, 1, SLICES=8, OUTPUTS=16),
-    config(16, 1, SLICES=16, OUTPUTS=16),
+    config(8, 1, SLICES=8, OUTPUTS=32, LOOK_UP=1),
+    config(4, 1, SLICES=4, OUTPUTS=32, LOOK_UP=1),
+    config(8, 1, SLICES=8, OUTPUTS=32, LOOK_UP=0),
+    config(8, 1, SLICES=8, OUTPUTS=16, LOOK_UP=0),
+    config(16, 1, SLICES=16, OUTPUTS=16, LOOK_UP=0),
 )
 """As many slices as warps: then no warp needs what another one decoded."""
 
 
 @triton.jit
-def _gemv(x, codes, planes, absmax, absmax_scale, absmax_offset, dynamic, bias, y, rows, out_features, in_features,
+def _gemv(x, codes, planes, pairs, absmax, absmax_scale, absmax_offset, dynamic, bias, y,
+          rows, out_features, in_features,
           BLOCK_SIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
-          OUTPUTS: tl.constexpr):  # fmt: skip
+          OUTPUTS: tl.constexpr, LOOK_UP: tl.constexpr):  # fmt: skip
     EIGHTHS: tl.constexpr = OUTPUTS // 8
     STEP: tl.constexpr = SLICES * SPAN
     first = tl.program_id(0) * OUTPUTS
     part, start = tl.arange(0, SLICES), tl.arange(0, SLICES) * SPAN
     word = tl.arange(0, SPAN // 8)
-    words = table(planes, word[None, None, :])
+    words, looked_up = table(planes, word[None, None, :]), tl.load(pairs + tl.arange(0, 256))
     # Outputs beyond the last one are made of the last one's codes, and not stored; rows likewise.
     tile = codes.to(tl.pointer_type(tl.int32)) + (start // 8)[:, None, None] + word[None, None, :]
     length = in_features // 8
@@ -46,28 +48,32 @@ def _gemv(x, codes, planes, absmax, absmax_scale, absmax_offset, dynamic, bias, 
           _eight(first + 16, out_features, length), _eight(first + 24, out_features, length))  # fmt: skip
     # Pairs of 16-bit values as words: what is kept for the next step stays packed.
     row = tl.arange(0, ROWS)
-    pairs = x.to(tl.pointer_type(tl.int32)) + tl.minimum(row, rows - 1)[None, :, None] * (in_features // 2)
-    pairs += (start // 2)[:, None, None] + tl.arange(0, SPAN // 2)[None, None, :]
+    inputs_tile = x.to(tl.pointer_type(tl.int32)) + tl.minimum(row, rows - 1)[None, :, None] * (in_features // 2)
+    inputs_tile += (start // 2)[:, None, None] + tl.arange(0, SPAN // 2)[None, None, :]
     span = tl.minimum(first + tl.arange(0, OUTPUTS), out_features - 1)[None, :] * (in_features // SPAN)
 
     total = tl.zeros((SLICES, OUTPUTS, ROWS), tl.float32)
     within = (start < in_features)[:, None, None]
     packed = _eighths(tile, at, within, EIGHTHS)
-    inputs = tl.load(pairs, mask=within, other=0)
+    inputs = tl.load(inputs_tile, mask=within, other=0)
     block = (span + tl.minimum(part, in_features // SPAN - 1)[:, None]) // (BLOCK_SIZE // SPAN)
     held = tl.load(absmax + block)
     for k in range(STEP, in_features + STEP, STEP):
-        W = tl.reshape(values(packed, words, x.dtype.element_ty), (SLICES, OUTPUTS, 4, SPAN // 16, 4))
-        W = tl.reshape(tl.permute(W, (0, 1, 3, 2, 4)), (SLICES, OUTPUTS, SPAN))
+        if LOOK_UP:
+            W = values_partly_looked_up(packed, words, looked_up, x.dtype.element_ty)
+        else:
+            W = values(packed, words, x.dtype.element_ty)
+        W = tl.permute(tl.reshape(W, (SLICES, OUTPUTS, 4, SPAN // 16, 4)), (0, 1, 3, 2, 4))
+        W = tl.reshape(W, (SLICES, OUTPUTS, SPAN))
         xt = tl.reshape(halves(inputs, x.dtype.element_ty), (SLICES, ROWS, 4, SPAN // 16, 4))
         xt = tl.reshape(tl.permute(xt, (0, 3, 2, 4, 1)), (SLICES, SPAN, ROWS))
         m = decoded_maxima(held, block, absmax_scale, absmax_offset, dynamic)
         # What the next step needs is asked for before this one's arithmetic.
         tile += STEP // 8
-        pairs += STEP // 2
+        inputs_tile += STEP // 2
         within = (start < in_features - k)[:, None, None]
         packed = _eighths(tile, at, within, EIGHTHS)
-        inputs = tl.load(pairs, mask=within, other=0)
+        inputs = tl.load(inputs_tile, mask=within, other=0)
         block = (span + tl.minimum(part + k // SPAN, in_features // SPAN - 1)[:, None]) // (BLOCK_SIZE // SPAN)
         held = tl.load(absmax + block)
         total += dot(W, xt, tl.zeros((SLICES, OUTPUTS, ROWS), tl.float32), "ieee") * m[:, :, None]
@@ -100,5 +106,6 @@ def _eighths(tile, at, within, EIGHTHS: tl.constexpr):
 
 def launches(operands: Operands, config: Config) -> list[Launch]:
     """Writes `operands.y`; up to 16 rows, W stored `[out, in]`, in a multiple of 32."""
-    arguments = operands.arguments() | {"ROWS": 8 if operands.rows <= 8 else 16}
+    table_of_bytes = pairs(operands.x.dtype, operands.x.device)
+    arguments = operands.arguments() | {"pairs": table_of_bytes, "ROWS": 8 if operands.rows <= 8 else 16}
     return [Launch(_gemv, (triton.cdiv(operands.out_features, dict(config.blocks)["OUTPUTS"]),), arguments, config)]

@@ -1,9 +1,11 @@
 """From eight 4-bit codes to eight 16-bit values of the code book, in the registers of one thread.
 
-Instructions, not bytes, bound a kernel that multiplies from NF4 codes: an H200 issues about four an element in the time
-its memory takes to bring the element. A table in memory costs three and one for the address. PTX's `prmt` selects four
-bytes out of eight by the low three bits of four codes: twice for each byte of the values, a choice by the codes' fourth
-bit, and a shuffle of low bytes with high bytes make 21 instructions for eight elements.
+Instructions, not bytes, bound a kernel that multiplies from NF4 codes: in the time in which an H200's memory brings an
+element, it issues about four, and of those that permute, combine or shift bits two. A table in memory costs three and
+one for the address. PTX's `prmt` selects four bytes out of eight by the low three bits of four codes: twice for each
+byte of the values, a choice by the codes' fourth bit, and a shuffle of low bytes with high bytes make 21 instructions
+for eight elements. Another unit, that of shared memory, can look up a byte's two values at once; where nothing else
+keeps it busy it takes half of the codes (`values_partly_looked_up`).
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ COPIES = 32
 """Of each word of the table, one a column of the widest tile: see `planes`."""
 
 
-def _ptx() -> str:
-    """$0…$3: elements 2i in the low and 2i + 1 in the high half; $4: the word; $5…$8 low bytes, $9…$12 high bytes."""
+def _ptx(halves: int) -> str:
+    """Outputs: a word for each byte of the first `halves` halves of the word, its first value low, its second high;
+    inputs: the word, four words of low bytes, four of high bytes.
+    """
+    word, low, high = 2 * halves, 2 * halves + 1, 2 * halves + 5
     lines = [
         ".reg .b32 up, low<2>, fourth<2>, a, b, l<2>, h<2>;",
-        "shl.b32 up, $4, 4;",
-        "and.b32 low0, $4, 0x77777777;",
-        "shr.b32 low1, low0, 16;",
-        # A selector with its top bit set repeats the sign of the byte: each code's fourth bit, as a mask of eight.
-        "prmt.b32 fourth0, up, $4, 0xD9C8;",
-        "prmt.b32 fourth1, up, $4, 0xFBEA;",
+        f"shl.b32 up, ${word}, 4;",
+        f"and.b32 low0, ${word}, 0x77777777;",
+        *["shr.b32 low1, low0, 16;"] * (halves - 1),
     ]
-    for half in (0, 1):
-        for plane, first in (("l", 5), ("h", 9)):
+    for half in range(halves):
+        # A selector with its top bit set repeats the sign of the byte: each code's fourth bit, as a mask of eight.
+        lines += [f"prmt.b32 fourth{half}, up, ${word}, {('0xD9C8', '0xFBEA')[half]};"]
+        for plane, first in (("l", low), ("h", high)):
             lines += [
                 f"prmt.b32 a, ${first}, ${first + 1}, low{half};",
                 f"prmt.b32 b, ${first + 2}, ${first + 3}, low{half};",
@@ -46,7 +50,7 @@ def _ptx() -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-PTX = tl.constexpr(_ptx())
+PTX, FIRST_HALF = tl.constexpr(_ptx(2)), tl.constexpr(_ptx(1))
 _COPIES = tl.constexpr(COPIES)
 
 
@@ -61,6 +65,14 @@ def planes(dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.tensor(CODEBOOK).to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
     both = torch.stack([bits & 0xFF, bits >> 8]).to(torch.uint8)
     return both.view(8, 4).view(torch.int32).repeat(1, COPIES).to(device)
+
+
+@cache
+def pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two values of every byte of codes in `dtype`, of 16 bits, as a word: int32 `[256]`."""
+    values = torch.tensor(CODEBOOK).to(dtype)
+    both = torch.stack([values[:, None].expand(16, 16), values[None, :].expand(16, 16)], -1)
+    return both.reshape(512).view(torch.int32).to(device)
 
 
 @triton.jit
@@ -84,22 +96,42 @@ def _selected(code, words):
 
 
 @triton.jit
+def _pair(packed, words, FIRST: tl.constexpr):
+    """Both values of one byte, likewise."""
+    return _selected(packed >> FIRST + 4 & 15, words) | _selected(packed >> FIRST & 15, words) << 16
+
+
+@triton.jit
 def values(packed, words, DTYPE: tl.constexpr):
     """c[q] `[..., columns, 2, 2, 2]` in DTYPE of the codes in int32 `[..., columns]`: eight consecutive elements each.
 
     `words` is `table(...)` with the shape of `packed` but for ones.
     """
     if INTERPRETED:
-        p0 = _selected(packed >> 4 & 15, words) | _selected(packed & 15, words) << 16
-        p1 = _selected(packed >> 12 & 15, words) | _selected(packed >> 8 & 15, words) << 16
-        p2 = _selected(packed >> 20 & 15, words) | _selected(packed >> 16 & 15, words) << 16
-        p3 = _selected(packed >> 28 & 15, words) | _selected(packed >> 24 & 15, words) << 16
+        p0, p1 = _pair(packed, words, 0), _pair(packed, words, 8)
+        p2, p3 = _pair(packed, words, 16), _pair(packed, words, 24)
     else:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
             PTX, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
             [packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
+    return halves(tl.join(tl.join(p0, p2), tl.join(p1, p3)), DTYPE)
+
+
+@triton.jit
+def values_partly_looked_up(packed, words, pairs, DTYPE: tl.constexpr):
+    """The same, the latter four of each eight elements from the 256 pairs, which go to shared memory."""
+    if INTERPRETED:
+        p0, p1 = _pair(packed, words, 0), _pair(packed, words, 8)
+    else:
+        p0, p1 = tl.inline_asm_elementwise(
+            FIRST_HALF, "=r,=r,r,r,r,r,r,r,r,r,r",
+            [packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    bytes = tl.join(packed >> 16 & 255, packed >> 24 & 255)
+    p2, p3 = tl.split(tl.reshape(tl.gather(pairs, tl.ravel(bytes), 0), bytes.shape))
     return halves(tl.join(tl.join(p0, p2), tl.join(p1, p3)), DTYPE)
 
 
