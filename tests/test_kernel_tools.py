@@ -223,7 +223,7 @@ def test_the_folder_follows_the_environment(
     assert folder() == Path(expected)
 
 
-@pytest.mark.parametrize(("rows", "rounded"), [(0, 1), (1, 1), (2, 2), (3, 4), (4096, 4096), (4097, 8192)])
+@pytest.mark.parametrize(("rows", "rounded"), [(0, 0), (1, 1), (2, 2), (3, 4), (4096, 4096), (4097, 8192)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows: int, rounded: int):
     assert shape_class("op", torch.float32, rows, (5,), (), CPU).rows == rounded
 

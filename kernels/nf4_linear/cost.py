@@ -1,9 +1,9 @@
 """What y = x·dq(W)ᵀ costs by each path: bytes, FLOPs, instructions, and from those the fastest, without a device.
 
 For compilers that must decide before anything runs, and for calls that nothing was measured for. Figures of a device
-are what it was seen to reach, not what its data sheet says. Instructions an element were counted in the machine code that
-`fused` compiles to for Hopper, those on bits twice where they bound it, since their unit is half as wide; none of these
-times is a measurement.
+are what it was seen to reach, not what its data sheet says. Instructions an element were counted in the machine code
+that `fused` compiles to for Hopper, those on bits twice where they bound it, since their unit is half as wide; none of
+these times is a measurement.
 """
 
 from __future__ import annotations

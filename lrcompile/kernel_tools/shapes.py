@@ -32,8 +32,9 @@ class ShapeClass(NamedTuple):
 def shape_class(
     op: str, dtype: torch.dtype, rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], device: torch.device
 ) -> ShapeClass:
+    rounded = 1 << (rows - 1).bit_length() if rows else 0  # none: for kernels that is no case of a few
     padded = tuple(-(-rank // 16) * 16 for rank in ranks)
-    return ShapeClass(op, str(dtype), 1 << max(rows - 1, 0).bit_length(), widths, padded, described(device))
+    return ShapeClass(op, str(dtype), rounded, widths, padded, described(device))
 
 
 @functools.cache
