@@ -11,6 +11,10 @@ import lrcompile
 class Counting(nn.Module):
     """Writes buffers in every way a forward may: methods, operators, items."""
 
+    seen: torch.Tensor
+    calls: torch.Tensor
+    marked: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(5, 3)
