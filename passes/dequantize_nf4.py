@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lrcompile.errors import SpecError
-from lrcompile.kernels.nf4_linear import Nf4, dequantize_nf4
+from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
 from lrcompile.passes.base import Equivalence, Pass, Pending, Program, Result
 from lrcompile.passes.folding import NotFoldable
 from lrcompile.passes.input_gains import gained

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lrcompile.dialect.nf4 import nf4_linear_aten
-from lrcompile.kernels.nf4_linear import tables
+from lrcompile.kernels.nf4_dequant import tables
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import NF4_LINEAR, tidy
 from lrcompile.passes.tensors import Tensors, substitute

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lrcompile.errors import ExportError, SpecError
-from lrcompile.kernels.nf4_linear import ABSMAX_BLOCK, Nf4, decode_absmax, dequantize_nf4, quantize_nf4
+from lrcompile.kernels.nf4_dequant import ABSMAX_BLOCK, Nf4, decode_absmax, dequantize_nf4, quantize_nf4
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import NF4_LINEAR, tidy
 from lrcompile.passes.tensors import Tensors, substitute
