@@ -25,8 +25,6 @@ CONFIGS = {
         config(4, 4, ROWS=64, OUTPUTS=64, DEPTH=64),
         config(4, 3, ROWS=64, OUTPUTS=128, DEPTH=64),
         config(8, 3, ROWS=128, OUTPUTS=128, DEPTH=64),
-        config(8, 3, ROWS=128, OUTPUTS=256, DEPTH=64),
-        config(8, 3, ROWS=256, OUTPUTS=128, DEPTH=64),
     ),
     80: (
         config(4, 4, ROWS=16, OUTPUTS=64, DEPTH=64),
