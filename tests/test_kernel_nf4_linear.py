@@ -275,7 +275,7 @@ def test_what_the_kernels_do_not_take_is_dequantized_first(as_on_hopper, rows, n
 
 @pytest.mark.parametrize(
     ("rows", "first"),
-    [(1, "gemv"), (16, "gemv"), (64, "skinny OUTPUTS=128 ROWS=64"), (256, "tiled ROWS=256"), (4096, "dequantize")],
+    [(1, "gemv"), (16, "gemv"), (64, "skinny OUTPUTS=128 ROWS=64"), (256, "tiled ROWS=128"), (4096, "dequantize")],
 )
 def test_without_measurement_the_predicted_path_runs(as_on_hopper, rows, first):
     x = torch.empty(rows, 4096, dtype=torch.bfloat16)
