@@ -25,7 +25,6 @@ CONFIGS = {
         config(4, 4, OUTPUTS=64, ROWS=32),
         config(4, 3, OUTPUTS=128, ROWS=64),
         config(4, 4, OUTPUTS=64, ROWS=64),
-        config(4, 3, OUTPUTS=64, ROWS=128),
         config(8, 3, OUTPUTS=64, ROWS=256),
     ),
     80: (
