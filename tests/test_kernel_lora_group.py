@@ -16,7 +16,7 @@ from zoo.poisoned import bound_ratio, unwritten, within_nan
 from lrcompile.kernel_tools import tuning
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import config
-from lrcompile.kernel_tools.tuning import Tuner
+from lrcompile.kernel_tools.tuning import Tuner, Way
 from lrcompile.kernels.lora_group import ops
 from lrcompile.kernels.lora_group.reference import lora_group
 from lrcompile.kernels.lora_linear import ops as of_one
@@ -108,8 +108,9 @@ def test_on_cuda_every_way_gives_the_products_of_the_group(as_on_hopper: list[ob
     ways = ops.ways_to_multiply(x, Ws, biases, Ss, Bs)
     assert next(iter(ways)) == "each"
     assert len(ways) == 3
-    exact = torch.ops.lrcompile_kernels.group_products(x, Ws, biases, Ss, Bs)
-    for way in (*ways.values(), ops.fastest_group_products):
+    exact = torch.ops.lrcompile_kernels.group_products(x, Ws, biases, Ss, Bs, [None] * len(Ws))
+    chosen: Way = partial(ops.fastest_group_products, scales=[None] * len(Ws))
+    for way in (*ways.values(), chosen):
         for y, expected in zip(way(x, Ws, biases, Ss, Bs), exact, strict=True):
             # Two roundings of the result on either side, of values below 2⁶.
             torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-3)
@@ -122,11 +123,48 @@ def test_on_cuda_every_way_gives_the_gradients_of_the_group(as_on_hopper: list[o
     ways = ops.ways_to_differentiate(dys, Bs, Ss)
     assert next(iter(ways)) == "each"
     assert len(ways) > 1
-    exact = torch.ops.lrcompile_kernels.group_gradients(dys, Bs, Ss)
-    for way in (*ways.values(), ops.fastest_group_gradients):
+    exact = torch.ops.lrcompile_kernels.group_gradients(dys, Bs, Ss, [None] * len(dys))
+    chosen: Way = partial(ops.fastest_group_gradients, scales=[None] * len(dys))
+    for way in (*ways.values(), chosen):
         for ours, theirs in zip(way(dys, Bs, Ss), exact, strict=True):
             for gradient, expected in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(gradient, expected, rtol=2**-6, atol=2**-3)
+
+
+SCALED = ("CompositeExplicitAutograd", "CUDA")
+
+
+@pytest.mark.parametrize("key", SCALED)
+def test_wide_factors_and_scales_act_as_if_cast_and_multiplied_before(as_on_hopper: list[object], key: str):
+    products = {SCALED[0]: ops.group_products, SCALED[1]: ops.fastest_group_products}[key]
+    gradients = {SCALED[0]: ops.group_gradients, SCALED[1]: ops.fastest_group_gradients}[key]
+    x, Ws, Ss, _ = operands()
+    Bs = [torch.randn(W.shape[0], S.shape[1]) for W, S in zip(Ws, Ss, strict=True)]
+    scales, nothing = [torch.tensor(0.7), None], [None, None]
+    narrow = [(0.7 * Bs[0]).bfloat16(), Bs[1].bfloat16()]
+    for y, expected in zip(
+        products(x, Ws, nothing, Ss, Bs, scales), products(x, Ws, nothing, Ss, narrow, nothing), strict=True
+    ):
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    dys = [torch.randn(40, out).bfloat16() for out in (64, 32)]
+    dSs, dBs = gradients(dys, Bs, Ss, scales)
+    same_dSs, plain_dBs = gradients(dys, narrow, Ss, nothing)
+    for dS, expected in zip(dSs, same_dSs, strict=True):
+        torch.testing.assert_close(dS, expected, rtol=0, atol=0)
+    assert [dB.dtype for dB in dBs] == [torch.float32] * 2
+    torch.testing.assert_close(dBs[0], plain_dBs[0].float() * 0.7, rtol=0, atol=0)
+    torch.testing.assert_close(dBs[1], plain_dBs[1].float(), rtol=0, atol=0)
+
+
+def test_stand_ins_have_the_shapes_and_dtypes_of_the_results():
+    x, Ws, Ss, _ = operands()
+    Bs = [torch.randn(W.shape[0], S.shape[1]) for W, S in zip(Ws, Ss, strict=True)]
+    scales, dys = [torch.tensor(0.7), None], [torch.randn(40, out).bfloat16() for out in (64, 32)]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.lrcompile_kernels.group_products, (x, Ws, [None] * 2, Ss, Bs, scales), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.lrcompile_kernels.group_gradients, (dys, Bs, Ss, scales), test_utils=checks)
 
 
 def test_a_group_the_kernels_do_not_take_goes_map_by_map(as_on_hopper: list[object]):

@@ -200,6 +200,34 @@ def test_gradients_of_a_rank_or_storage_that_does_not_pay_stay_with_aten(as_on_h
     assert list(ops.ways_to_differentiate(dy.t().contiguous().t(), B, S)) == ["aten"]
 
 
+def test_wide_factors_and_scales_act_as_if_cast_and_multiplied_before(as_on_hopper: list[str]):
+    x, W, S, _ = aligned_operands()
+    B, scale = torch.randn(W.shape[0], S.shape[1]), torch.tensor(0.7)
+    narrow = (scale * B).bfloat16()
+    for sums in (ops.sum_of_products, ops.fastest_sum_of_products):
+        y = sums([x, S], [W.t(), B.t()], None, scale)
+        torch.testing.assert_close(y, sums([x, S], [W.t(), narrow.t()], None), rtol=0, atol=0)
+    dy = torch.randn(x.shape[0], W.shape[0]).bfloat16()
+    for way in (ops.factor_gradients, ops.fastest_factor_gradients):
+        dS, dB = way(dy, B, S, scale)
+        expected, plain = way(dy, narrow, S)
+        torch.testing.assert_close(dS, expected, rtol=0, atol=0)
+        torch.testing.assert_close(dB, plain.float() * scale, rtol=0, atol=0)
+    torch.testing.assert_close(
+        ops.cast_product(S, B.t(), torch.float32), (S @ B.t().bfloat16()).float(), rtol=0, atol=0
+    )
+
+
+def test_stand_ins_have_the_shapes_and_dtypes_of_the_results():
+    x, W, S, _ = aligned_operands()
+    B, scale = torch.randn(W.shape[0], S.shape[1]), torch.tensor(0.7)
+    dy = torch.randn(x.shape[0], W.shape[0]).bfloat16()
+    kernels, checks = torch.ops.lrcompile_kernels, ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels.sum_of_products, ([x, S], [W.t(), B.t()], None, scale), test_utils=checks)
+    torch.library.opcheck(kernels.factor_gradients, (dy, B, S, scale), test_utils=checks)
+    torch.library.opcheck(kernels.cast_product, (S, B.t(), torch.float32), test_utils=checks)
+
+
 def test_a_cpu_never_meets_triton_and_cuda_has_its_own_kernel():
     x, W, S, B = aligned_operands()
     assert list(ops.ways_to_sum([x, S], [W.t(), B.t()], None)) == ["aten"]

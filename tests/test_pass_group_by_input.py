@@ -461,8 +461,12 @@ COMPILED: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]], dict[str, in
         [(T, 2), (T, 3)],
         {**TOGETHER, "group_gradients": 1, "mm": 1 + 2},
     ),
-    "B frozen": (lambda: freeze("B", Map(8, 3), Map(4, 2)), [(T, IN)], {**TOGETHER, "mm": 4 + 2}),
-    "both frozen": (lambda: freeze("AB", Map(8, 3), Map(4, 2)), [], {**TOGETHER, "mm": 3 + 2}),
+    "B frozen": (
+        lambda: freeze("B", Map(8, 3), Map(4, 2)), [(T, IN)], {"sum_of_products": 3, "group_products": 1, "mm": 2 + 2},
+    ),
+    "both frozen": (
+        lambda: freeze("AB", Map(8, 3), Map(4, 2)), [], {"sum_of_products": 3, "group_products": 1, "mm": 1 + 2},
+    ),
     "NF4": (
         lambda: (Nf4(8, 3), Nf4(4, 2)),
         [(T, 2), (T, 3), (T, IN)],
@@ -474,7 +478,7 @@ COMPILED: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]], dict[str, in
         {"nf4_dequantize": 2, "sum_of_products": 2, "factor_gradients": 1, "mm": 1 + 2},
     ),
     "galore": (lambda: (Projected(8), Projected(4)), [(T, 3), (T, 3)], {"sum_of_products": 3, "mm": 3 + 2}),
-    "galore on the left": (lambda: (Projected(8, 3, right=False),), [(T, IN)], {"sum_of_products": 2, "mm": 2 + 2}),
+    "galore on the left": (lambda: (Projected(8, 3, right=False),), [(T, IN)], {"sum_of_products": 3, "mm": 1 + 2}),
 }  # fmt: skip
 
 
@@ -495,7 +499,7 @@ def test_a_compiled_step_multiplies_no_more_than_its_minimum():
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_float32_factors_beside_a_narrow_base_cost_no_cast_of_an_activation(narrow):
+def test_float32_factors_beside_a_narrow_base_cost_no_cast_that_a_compiler_sees(narrow):
     net = Within(Map(8, 3, bias=True), Map(4, 2)).float()
     for each in net.maps:
         each.W.data = each.W.data.to(narrow)
@@ -503,9 +507,7 @@ def test_float32_factors_beside_a_narrow_base_cost_no_cast_of_an_activation(narr
     net.maps[0].b.data = net.maps[0].b.data.to(narrow)
     rows = 2000
     found = step(net, lead(rows, dtype=narrow), pipeline=PIPELINE)
-    casts = [node for node in found.nodes() if node.target is torch.ops.aten._to_copy.default]
-    assert casts
-    assert max(node.meta["val"].numel() for node in casts) < rows
+    assert not [node for node in found.nodes() if node.target is torch.ops.aten._to_copy.default]
     assert found.bytes == 2 * rows * (IN + 3 + 2)
     gradients = [parameter.grad for name, parameter in net.named_parameters() if name.endswith(("A", "B"))]
     assert [None if each is None else each.dtype for each in gradients] == [torch.float32] * 4

@@ -75,7 +75,8 @@ class _Operands:
     def y(self) -> Any:
         if len(self.Ws) == 1:
             return OPS.sum_of_products([self.x, self.S], [self.Ws[0].t(), self.Bs[0].t()], None)
-        return OPS.group_products(self.x, self.Ws, [None] * len(self.Ws), self.Ss, self.Bs)
+        nothing = [None] * len(self.Ws)
+        return OPS.group_products(self.x, self.Ws, nothing, self.Ss, self.Bs, nothing)
 
     def frozen_dx(self) -> Any:
         return OPS.sum_of_products(self.dys, self.Ws, None)
@@ -86,7 +87,7 @@ class _Operands:
     def factor_gradients(self) -> Any:
         if len(self.Ws) == 1:
             return OPS.factor_gradients(self.dys[0], self.Bs[0], self.S)
-        return OPS.group_gradients(self.dys, self.Bs, self.Ss)
+        return OPS.group_gradients(self.dys, self.Bs, self.Ss, [None] * len(self.dys))
 
     def two_products(self) -> Any:
         return [(dy @ B, dy.t() @ S) for dy, B, S in zip(self.dys, self.Bs, self.Ss, strict=True)]

@@ -24,17 +24,30 @@ LARGEST_RANK = 256
 
 LIBRARY = torch.library.Library("lrcompile_kernels", "FRAGMENT")
 
-LIBRARY.define("sum_of_products(Tensor[] xs, Tensor[] Ms, Tensor? bias) -> Tensor")
-LIBRARY.define("factor_gradients(Tensor dy, Tensor B, Tensor S) -> (Tensor, Tensor)")
+LIBRARY.define("sum_of_products(Tensor[] xs, Tensor[] Ms, Tensor? bias, Tensor? scale=None) -> Tensor")
+LIBRARY.define("factor_gradients(Tensor dy, Tensor B, Tensor S, Tensor? scale=None) -> (Tensor, Tensor)")
+LIBRARY.define("cast_product(Tensor x, Tensor M, ScalarType dtype) -> Tensor")
+
+
+def scaled(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """s·factor in `dtype`, multiplied in the wider of that and the factor's."""
+    if scale is None:
+        return factor.to(dtype)
+    wide = torch.promote_types(factor.dtype, dtype)
+    return (factor.to(wide) * scale.to(wide)).to(dtype)
 
 
 @torch.library.impl(LIBRARY, "sum_of_products", "CompositeExplicitAutograd")
-def sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """y = Σᵢ xᵢ·Mᵢ + b in one buffer.
+def sum_of_products(
+    xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """y = Σᵢ xᵢ·Mᵢ + b in one buffer, the last product times `scale`.
 
-    xᵢ `[rows, kᵢ]`, Mᵢ `[kᵢ, columns]` in any storage order, b `[columns]`, y `[rows, columns]`, all of one dtype.
-    Every product but the first is accumulated where the first was written, so the sum costs no pass of its own.
+    xᵢ `[rows, kᵢ]`, Mᵢ `[kᵢ, columns]` in any storage order, b `[columns]`, y `[rows, columns]`, all of one dtype but
+    the last Mᵢ, the factor, which may have another. Every product but the first is accumulated where the first was
+    written, so the sum costs no pass of its own.
     """
+    Ms = _cast(Ms, scale, xs[0].dtype)
     y = xs[0] @ Ms[0] if bias is None else torch.addmm(bias, xs[0], Ms[0])
     for x, M in zip(xs[1:], Ms[1:], strict=True):
         y.addmm_(x, M)
@@ -42,10 +55,17 @@ def sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | N
 
 
 @torch.library.impl(LIBRARY, "sum_of_products", "CUDA")
-def fastest_sum_of_products(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+def fastest_sum_of_products(
+    xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    Ms = _cast(Ms, scale, xs[0].dtype)
     op = f"sum_of_products{'' if bias is None else ' + b'} {storage((*xs, *Ms))} {fp32_precision()}"
     shape = shape_class(op, xs[0].dtype, xs[0].shape[0], (*(M.shape[0] for M in Ms), Ms[0].shape[1]), (), xs[0].device)
     return run_fastest(shape, partial(ways_to_sum, xs, Ms, bias), xs, Ms, bias)
+
+
+def _cast(Ms: Sequence[Tensor], scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    return [*Ms[:-1], scaled(Ms[-1], scale, dtype)]
 
 
 def ways_to_sum(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Mapping[str, Way]:
@@ -74,29 +94,31 @@ def fp32_precision() -> str:
 
 
 @torch.library.register_fake("lrcompile_kernels::sum_of_products", lib=LIBRARY)
-def _(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+def _(xs: Sequence[Tensor], Ms: Sequence[Tensor], bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     return xs[0].new_empty(xs[0].shape[0], Ms[0].shape[1])
 
 
 @register_flop_formula(torch.ops.lrcompile_kernels.sum_of_products)
-def _(xs: Sequence[Any], Ms: Sequence[Any], bias: Any, *, out_shape: Any = None, **_: Any) -> int:
+def _(xs: Sequence[Any], Ms: Sequence[Any], bias: Any, scale: Any = None, *, out_shape: Any = None, **_: Any) -> int:
     return sum(2 * x[0] * M[0] * M[1] for x, M in zip(xs, Ms, strict=True))
 
 
 @torch.library.impl(LIBRARY, "factor_gradients", "CompositeExplicitAutograd")
-def factor_gradients(dy: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """dS = dy·B and dB = dyᵀ·S, from one reading of dy where a kernel can.
+def factor_gradients(dy: Tensor, B: Tensor, S: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dS = s·dy·B and dB = s·dyᵀ·S, from one reading of dy where a kernel can.
 
-    dy `[rows, out]`, B `[out, rank]`, S `[rows, rank]`; dS as S, dB as B.
+    dy `[rows, out]`, B `[out, rank]`, S `[rows, rank]`, s `scale`; dS as S, dB as B, which may have another dtype.
     """
-    return dy @ B, dy.t() @ S
+    return dy @ scaled(B, scale, dy.dtype), scaled(dy.t() @ S, scale, B.dtype)
 
 
 @torch.library.impl(LIBRARY, "factor_gradients", "CUDA")
-def fastest_factor_gradients(dy: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def fastest_factor_gradients(dy: Tensor, B: Tensor, S: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    own, B = B.dtype, scaled(B, scale, dy.dtype)
     op = f"factor_gradients {storage((dy, B, S))} {fp32_precision()}"
     shape = shape_class(op, dy.dtype, dy.shape[0], (dy.shape[1],), (B.shape[1],), dy.device)
-    return run_fastest(shape, partial(ways_to_differentiate, dy, B, S), dy, B, S)
+    dS, dB = run_fastest(shape, partial(ways_to_differentiate, dy, B, S), dy, B, S)
+    return dS, scaled(dB, scale, own)
 
 
 def ways_to_differentiate(dy: Tensor, B: Tensor, S: Tensor) -> Mapping[str, Way]:
@@ -111,10 +133,30 @@ def ways_to_differentiate(dy: Tensor, B: Tensor, S: Tensor) -> Mapping[str, Way]
 
 
 @torch.library.register_fake("lrcompile_kernels::factor_gradients", lib=LIBRARY)
-def _(dy: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[0], B.shape[1]), dy.new_empty(dy.shape[1], S.shape[1])
+def _(dy: Tensor, B: Tensor, S: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape[0], B.shape[1]), B.new_empty(dy.shape[1], S.shape[1])
 
 
 @register_flop_formula(torch.ops.lrcompile_kernels.factor_gradients)
-def _(dy: Any, B: Any, S: Any, *, out_shape: Any = None, **_: Any) -> int:
+def _(dy: Any, B: Any, S: Any, scale: Any = None, *, out_shape: Any = None, **_: Any) -> int:
     return 2 * dy[0] * dy[1] * (B[1] + S[1])
+
+
+@torch.library.impl(LIBRARY, "cast_product", "CompositeExplicitAutograd")
+def cast_product(x: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
+    """x·M in x's dtype, or rounded to `dtype` once more: x `[rows, k]`, M `[k, columns]` of any dtype.
+
+    One operation, because a compiler makes a kernel of its own for each shape of factor that is cast beside a product:
+    on a CPU a file of C++, most of what compiling the adapters would take.
+    """
+    return (x @ M.to(x.dtype)).to(dtype)
+
+
+@torch.library.register_fake("lrcompile_kernels::cast_product", lib=LIBRARY)
+def _(x: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], M.shape[1], dtype=dtype)
+
+
+@register_flop_formula(torch.ops.lrcompile_kernels.cast_product)
+def _(x: Any, M: Any, dtype: Any, *, out_shape: Any = None, **_: Any) -> int:
+    return 2 * x[0] * x[1] * M[1]

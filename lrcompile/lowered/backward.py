@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
 from lrcompile.kernels.lora_group import ops as ops
+from lrcompile.kernels.lora_linear.ops import scaled
 from lrcompile.lowered.bases import BACKWARD, Quantized
-from lrcompile.lowered.forward import scaled, stack
+from lrcompile.lowered.forward import product, stack
 from lrcompile.lowered.members import Wanted
 from lrcompile.lowered.operands import Operands
 
@@ -54,30 +55,28 @@ def _through_expands(
     members = wanted.group.members
     wants_dB = [wanted.each.Bs[i] and not each.order.by_weight for i, each in enumerate(members)]
     wants_dS = [wanted.dS(each.code) for each in members]
-    Bs: list[Any] = [
-        scaled(B, scale, dys[0].dtype) if wants else None
-        for B, scale, wants in zip(given.Bs, given.scales, wants_dS, strict=True)
-    ]
     both = [i for i in range(len(members)) if wants_dS[i] and wants_dB[i]]
-    parts: dict[int, Tensor] = {i: dys[i] @ Bs[i] for i in range(len(members)) if wants_dS[i] and i not in both}
-    dBs: dict[int, Tensor] = {
-        i: dys[i].t() @ S[members[i].code] for i in range(len(members)) if wants_dB[i] and i not in both
-    }
-    together = ([dys[i] for i in both], [Bs[i] for i in both], [S[members[i].code] for i in both])
+    parts = {
+        i: torch.ops.lrcompile_kernels.sum_of_products([dys[i]], [given.Bs[i]], None, given.scales[i])
+        for i in range(len(members)) if wants_dS[i] and i not in both
+    }  # fmt: skip
+    for i in range(len(members)):
+        if wants_dB[i] and i not in both:
+            found.Bs[i] = _times(dys[i].t() @ S[members[i].code], given.scales[i])
+    together = [[each[i] for i in both] for each in (dys, given.Bs, [S[each.code] for each in members], given.scales)]
     if len(both) > 1:
         ours, theirs = torch.ops.lrcompile_kernels.group_gradients(*together)
     else:
         each = [torch.ops.lrcompile_kernels.factor_gradients(*one) for one in zip(*together, strict=True)]
         ours, theirs = [dS for dS, _ in each], [dB for _, dB in each]
     parts.update(zip(both, ours, strict=True))
-    dBs.update(zip(both, theirs, strict=True))
+    for i, dB in zip(both, theirs, strict=True):
+        found.Bs[i] = dB
 
     dS: list[Any] = [None] * wanted.group.codes
     for i, part in sorted(parts.items()):
         code = members[i].code
         dS[code] = part if dS[code] is None else dS[code] + part
-    for i, dB in dBs.items():
-        found.Bs[i] = _times(dB, given.scales[i])
     return dS
 
 
@@ -87,12 +86,15 @@ def _of_A(wanted: Wanted, given: Operands, x: Any, dS: Sequence[Any], found: Ope
     trained = [code for code in range(group.codes) if wanted.dA_by_codes(code)]
     plain = [code for code in trained if not group.drops[code]]
     if plain:
-        together = stack([dS[code] for code in plain], 1).t() @ x
+        dtypes = {wanted.dtypes.As[code] for code in plain}
+        dtype = dtypes.pop() if len(dtypes) == 1 else x.dtype
+        together = product(stack([dS[code] for code in plain], 1).t(), x, dtype)
         for code, dA in zip(plain, together.split([dS[code].shape[1] for code in plain]), strict=True):
             found.As[code] = dA
     for code in trained:
         if group.drops[code]:
-            found.As[code] = dS[code].t() @ _drop(x, given.seeds[code], group.drops[code])
+            dropped = _drop(x, given.seeds[code], group.drops[code])
+            found.As[code] = product(dS[code].t(), dropped, wanted.dtypes.As[code])
 
 
 def _through_weights(wanted: Wanted, given: Operands, x: Any, dys: Sequence[Tensor], found: Operands) -> None:
@@ -125,9 +127,9 @@ def _of_x(wanted: Wanted, given: Operands, Ms: Maybe, dS: Sequence[Any], dys: Se
     plain = [code for code in acting if not group.drops[code]]
     if plain:
         xs = [*xs, stack([dS[code] for code in plain], 1)]
-        matrices = [*matrices, stack([given.As[code].to(dtype) for code in plain])]
+        matrices = [*matrices, stack([given.As[code] for code in plain])]
     others += [
-        _drop(dS[code] @ given.As[code].to(dtype), given.seeds[code], group.drops[code])
+        _drop(product(dS[code], given.As[code]), given.seeds[code], group.drops[code])
         for code in acting
         if group.drops[code]
     ]

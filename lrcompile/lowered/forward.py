@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
 from lrcompile.kernels.lora_group import ops as ops
+from lrcompile.kernels.lora_linear.ops import scaled
 from lrcompile.lowered.bases import FORWARD, Dense, Quantized
 from lrcompile.lowered.members import Group, Wanted
 from lrcompile.lowered.operands import Operands
@@ -21,12 +22,12 @@ def codes(wanted: Wanted, given: Operands, x: Tensor) -> dict[int, Tensor]:
     plain = [code for code in found if not group.drops[code]]
     S: dict[int, Tensor] = {}
     if plain:
-        As = [given.As[code].to(x.dtype) for code in plain]
-        S = dict(zip(plain, (x @ stack(As).t()).split([A.shape[0] for A in As], 1), strict=True))
+        As = [given.As[code] for code in plain]
+        S = dict(zip(plain, product(x, stack(As).t()).split([A.shape[0] for A in As], 1), strict=True))
     for code in found:
         if group.drops[code]:
             dropped = torch.ops.lrcompile_kernels.drop(x, given.seeds[code], group.drops[code], dropout_ops.FORWARD)
-            S[code] = dropped @ given.As[code].to(x.dtype).t()
+            S[code] = product(dropped, given.As[code].t())
     return S
 
 
@@ -47,8 +48,7 @@ def outputs(
 ) -> tuple[Tensor, ...]:
     """Every yᵢ; several dense ones that all act through their factors are one operation."""
     dtype = x.dtype
-    Bs = [scaled(B, scale, dtype) for B, scale in zip(given.Bs, given.scales, strict=True)]
-    if len(Bs) > 1 and all(group.acts(each.code) and isinstance(each.base, Dense) for each in group.members):
+    if len(given.Bs) > 1 and all(group.acts(each.code) and isinstance(each.base, Dense) for each in group.members):
         each = zip(group.members, given.held, strict=True)
         return tuple(
             torch.ops.lrcompile_kernels.group_products(
@@ -56,35 +56,33 @@ def outputs(
                 [member.base.matrix(held, dtype, FORWARD).t() for member, held in each],
                 [None if bias is None else bias.to(dtype) for bias in given.biases],
                 [S[member.code] for member in group.members],
-                Bs,
+                given.Bs,
+                given.scales,
             )
         )
-    return tuple(_output(group, given, x, S, M, B, i) for i, (M, B) in enumerate(zip(Ms, Bs, strict=True)))
+    return tuple(_output(group, given, x, S, M, i) for i, M in enumerate(Ms))
 
 
-def _output(
-    group: Group, given: Operands, x: Tensor, S: dict[int, Tensor], M: Tensor | None, B: Tensor, index: int
-) -> Tensor:
+def _output(group: Group, given: Operands, x: Tensor, S: dict[int, Tensor], M: Tensor | None, index: int) -> Tensor:
     member, bias, dtype = group.members[index], given.biases[index], x.dtype
+    B, scale = given.Bs[index], given.scales[index]
     acts = group.acts(member.code)
     if isinstance(member.base, Quantized) and member.base.by_codes:
         y = member.base.product(given.held[index], x, bias)
-        return torch.addmm(y, S[member.code], B.t()) if acts else y
+        return torch.addmm(y, S[member.code], scaled(B, scale, dtype).t()) if acts else y
     computed = member.base.computes_in(dtype)
     xs, Ms = [x.to(computed)], [member.base.matrix(given.held[index], computed, FORWARD) if M is None else M]
-    if acts and computed == dtype:
-        xs, Ms = [*xs, S[member.code]], [*Ms, B.t()]
     bias = None if bias is None else bias.to(computed)
+    if acts and computed == dtype:
+        return torch.ops.lrcompile_kernels.sum_of_products([*xs, S[member.code]], [*Ms, B.t()], bias, scale)
     y = torch.ops.lrcompile_kernels.sum_of_products(xs, Ms, bias).to(dtype)
-    return torch.addmm(y, S[member.code], B.t()) if acts and computed != dtype else y
+    return torch.addmm(y, S[member.code], scaled(B, scale, dtype).t()) if acts else y
 
 
-def scaled(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """s·factor, multiplied in the wider of the two dtypes."""
-    if scale is None:
-        return factor.to(dtype)
-    wide = torch.promote_types(factor.dtype, dtype)
-    return (factor.to(wide) * scale.to(wide)).to(dtype)
+def product(x: Tensor, M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x·M computed in x's dtype, in `dtype` if that is another."""
+    dtype = dtype or x.dtype
+    return x @ M if M.dtype == dtype == x.dtype else torch.ops.lrcompile_kernels.cast_product(x, M, dtype)
 
 
 def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

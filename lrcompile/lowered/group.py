@@ -48,13 +48,13 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: AdaptedGroup, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
         given = group.split(operands)
-        wanted = Wanted(group, ctx.needs_input_grad[1], group.split(ctx.needs_input_grad[2:]))
+        dtypes = group.split([None if each is None else each.dtype for each in operands])
+        wanted = Wanted(group, ctx.needs_input_grad[1], group.split(ctx.needs_input_grad[2:]), dtypes)
         S = codes(wanted, given, x)
         Ms = merged(group, given, x.dtype)
         ys = outputs(group, given, x, S, Ms)
 
         ctx.wanted = wanted
-        ctx.dtypes = group.split([None if each is None else each.dtype for each in operands])
         reads_x = any(wanted.each.As) or any(map(wanted.G, range(len(group.members))))
         ctx.save_for_backward(
             x if reads_x else None,
@@ -74,6 +74,6 @@ class _Group(torch.autograd.Function):
         dx, found = gradients(ctx.wanted, given, x, S, Ms, dys)
         cast = [
             None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(found.flat(), ctx.dtypes.flat(), strict=True)
+            for gradient, dtype in zip(found.flat(), ctx.wanted.dtypes.flat(), strict=True)
         ]
         return None, dx, *cast

@@ -74,6 +74,7 @@ class Wanted:
     group: Group
     x: bool
     each: Operands
+    dtypes: Operands
 
     def S(self, code: int) -> bool:
         """Is a product with S to come?"""
