@@ -19,7 +19,6 @@ With one thread (OMP_NUM_THREADS=1) `--clock cpu` leaves out the time that other
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -39,6 +38,7 @@ from rich.console import Console
 from rich.progress import track
 from steps.cases import CASES, Case, build
 from steps.measuring import measure
+from steps.results import keep
 from steps.targets import judged
 from steps.variants import METHODS, variants
 from torch import nn
@@ -65,18 +65,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these and what they are divided by")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for one thread alone")
     parser.add_argument("--pairs", type=int, default=50, help="interleaved rounds (default 50)")
-    parser.add_argument("--json", type=Path, help="write every number here, after each table")
+    parser.add_argument("--json", type=Path, help="add every number to this file, after each table")
     options = parser.parse_args()
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         parser.error("threads that wait use the CPU too: --clock cpu needs OMP_NUM_THREADS=1")
-    found: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+    here = {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-        "pairs": options.pairs,
         "clock": options.clock,
-        "results": {},
     }
     _warm_up(device)
     for name in options.models:
@@ -85,9 +82,16 @@ def main() -> None:
                 if CASES[name].methods and method not in CASES[name].methods:
                     continue
                 key = f"{name} {dtype} {method}"
-                found["results"][key] = _one(CASES[name], getattr(torch, dtype), method, device, options, key)
+                result = _one(CASES[name], getattr(torch, dtype), method, device, options, key)
                 if options.json:
-                    options.json.write_text(json.dumps(found, indent=1) + "\n")
+                    keep(options.json, here, key, {"date": date.today().isoformat(), "pairs": options.pairs} | result)
+
+
+def _processor() -> str:
+    """As Linux names it, else as Python does."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _one(

@@ -339,7 +339,8 @@ def test_tensors_of_inference_mode_are_never_taken_for_unchanged():
 
 def test_copies_compute_their_own_norms():
     model, x = adapted(layer()), inputs()
-    y = model(x)
+    with Counted():  # as below: what counts operations is shown the plain ones, which round otherwise
+        y = model(x)
     twin, stored = copy.deepcopy(model), io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
@@ -348,8 +349,9 @@ def test_copies_compute_their_own_norms():
             assert torch.equal(each(x), y)
     with torch.no_grad():
         adapter(twin).A.mul_(3)
-    assert not torch.equal(twin(x), y)
-    assert torch.equal(model(x), y)
+    with Counted():
+        assert not torch.equal(twin(x), y)
+        assert torch.equal(model(x), y)
 
 
 def test_a_step_makes_nothing_of_the_weights_size():

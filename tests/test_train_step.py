@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("transformers")
 from steps.accuracy import errors
 from steps.cases import Case, Maps, build
 from steps.measuring import measure
+from steps.results import keep
 from steps.targets import galore, judged
 from steps.variants import METHODS, variants
 
@@ -94,3 +97,13 @@ def test_a_target_is_met_when_the_lower_end_of_the_interval_meets_it():
     rank, share = WIDTH // 4, WIDTH * (1 / WIDTH + 1 / INSIDE) / 4
     assert galore(maps, "galore", WIDTH) == pytest.approx(4 / 6 + share / 3 + 0.04)
     assert rank == 8
+
+
+def test_runs_on_one_machine_add_to_one_file_and_another_begins_anew(tmp_path: Path):
+    path, here = tmp_path / "numbers.json", {"machine": "one", "versions": {"torch": "2"}}
+    keep(path, here, "lora", {"pairs": 3})
+    keep(path, here, "dora", {"pairs": 4})
+    keep(path, here, "lora", {"pairs": 5})
+    assert json.loads(path.read_text()) == here | {"results": {"lora": {"pairs": 5}, "dora": {"pairs": 4}}}
+    keep(path, here | {"machine": "two"}, "vera", {"pairs": 6})
+    assert json.loads(path.read_text()) == {**here, "machine": "two", "results": {"vera": {"pairs": 6}}}
