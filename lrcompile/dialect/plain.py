@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
@@ -10,18 +9,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 def plain(*tensors: Tensor) -> bool:
     """Are these numbers in memory: no stand-ins of a capture, no shards, nothing inside a `torch.func` transform?"""
     return all(type(each) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(each) for each in tensors)
-
-
-def unseen(*tensors: Tensor) -> bool:
-    """Are they `plain`, and does nothing that is active look at the operations, so that a node of autograd with a
-    backward of its own may stand for several?
-    """
-    return (
-        plain(*tensors)
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def plus(y: Tensor, fresh: Tensor) -> Tensor:

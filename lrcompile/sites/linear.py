@@ -21,35 +21,11 @@ class AdaptedLinear(Host):
     """The base's forward, then each live adapter."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        live = self.lrcompile_adapters["weight"].live  # type: ignore[attr-defined]
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args or kwargs.values()
-        if live and not torch.compiler.is_compiling() and not _hooked(live[0]):
-            first, *live = live
-            y = first.over(super().forward, x, _frozen_weight(self), self)  # type: ignore[misc]
-        else:
-            y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        for adapter in live:
+        for adapter in self.lrcompile_adapters["weight"].live:  # type: ignore[attr-defined]
             y = adapter(y, x, self)
         return y
-
-
-def _frozen_weight(host: Any) -> Tensor | None:
-    """W `[out, in]` if it is held as numbers and nothing else trains here."""
-    weight, bias = host._parameters.get("weight"), host._parameters.get("bias")
-    if weight is None or (bias is not None and bias.requires_grad):
-        return None
-    return weight if isinstance(host, nn.Linear) else weight.t()
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Does calling `module` do more than its forward? `nn.Module.__call__` asks the same."""
-    everywhere: Any = nn.modules.module
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    of_all = (
-        *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
-        *(everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks),
-    )
-    return any(own) or any(of_all)
 
 
 HOST = AdaptedLinear

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lrcompile.guarding import watch
 from lrcompile.kernels.nf4_dequant import Nf4
-from lrcompile.lowered.eager import Base
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
 
@@ -146,12 +145,6 @@ class Adapter(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         raise NotImplementedError
-
-    def over(self, base: Base, x: Tensor, W: Tensor | None, host: nn.Module) -> Tensor:
-        """`forward` of base(x), as the first adapter of a linear layer; in fewer passes if a form knows any. W `[out,
-        in]` is the only tensor of `base` that a gradient could be wanted of, None where there are others.
-        """
-        return self(base(x), x, host)
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         """W' − W when this adapter is folded into `weight` `[..., out, in]`, in its dtype and with the float32 scale

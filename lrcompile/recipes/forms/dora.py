@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lrcompile.cached import Cached
 from lrcompile.dialect import gain as gain  # registers torch.ops.lrcompile.gain
 from lrcompile.dialect.norm import norms, product_of, squared_rows, without_autocast
-from lrcompile.lowered.eager import Base, beside, fits
 from lrcompile.nf4.modules import codes_of, is_nf4, layout_of
 from lrcompile.recipes.forms.adapter import Start
 from lrcompile.recipes.forms.hosted import Hosted, base_bias, base_tensors, wide_dtype
@@ -56,12 +55,6 @@ class DoraAdapter(Hosted, LoraAdapter):
             x, kept = dropped, less if kept is None else less + kept.to(less.dtype)
         y = torch.ops.lrcompile.lora.default(y, x, *self.operands(), self.scale, 0.0)
         return torch.ops.lrcompile.gain.default(y, g, kept)
-
-    def over(self, base: Base, x: Tensor, W: Tensor | None, host: nn.Module) -> Tensor:
-        pair = (*self.operands(), self.scale)
-        if W is None or self.probability or not fits(x, W, *pair):
-            return self(base(x), x, host)
-        return beside(base, x, W, *pair, self.gain(host), base_bias(host))
 
     def gain(self, host: nn.Module) -> Tensor:
         """m/n `[out]` in float32 (float64 on a float64 layer), differentiable in m alone.

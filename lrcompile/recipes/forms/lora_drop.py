@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompile.errors import AdapterError
-from lrcompile.lowered.eager import Base
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.recipes.forms.pair import LoraAdapter
 from lrcompile.sites.site import Site
@@ -103,10 +102,6 @@ class MeasuredLora(LoraAdapter):
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         A = self._counted(lambda: self._energy(_code(x, self.A), self.B))
         return torch.ops.lrcompile.lora.default(y, x, *self.padded(A, self.B), self.scale, self.probability)
-
-    def over(self, base: Base, x: Tensor, W: Tensor | None, host: nn.Module) -> Tensor:
-        A = self._counted(lambda: self._energy(_code(x, self.A), self.B))
-        return self.pair_over(base, x, W, A, self.B)
 
     def rows(self, y: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
         B = self.B[start:stop]

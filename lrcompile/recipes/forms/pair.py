@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
 from lrcompile.dialect import experts as experts
-from lrcompile.lowered.eager import Base, beside, fits
 from lrcompile.recipes.forms.adapter import Adapter, Start
 from lrcompile.recipes.initialisers.random import fill
 
@@ -47,17 +46,6 @@ class LowRank(Adapter):
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         A, B = self.operands()
         return torch.ops.lrcompile.lora.default(y, x, A, B, self.scale, self.probability)
-
-    def over(self, base: Base, x: Tensor, W: Tensor | None, host: nn.Module) -> Tensor:
-        if type(self).forward is not LowRank.forward:
-            return super().over(base, x, W, host)
-        return self.pair_over(base, x, W, *self.operands())
-
-    def pair_over(self, base: Base, x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        """base(x) + s·(drop(x)Aᵀ)Bᵀ."""
-        if W is None or self.probability or not fits(x, W, A, B, self.scale):
-            return torch.ops.lrcompile.lora.default(base(x), x, A, B, self.scale, self.probability)
-        return beside(base, x, W, A, B, self.scale)
 
     def rows(self, y: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
         """The part of the map that produces output rows start…stop, where one weight stacks several maps (q, k, v)."""
