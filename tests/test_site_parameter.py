@@ -310,3 +310,30 @@ def test_it_compiles_and_exports_to_the_same_values():
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_a_first_compiled_call_is_one_graph_and_follows_what_it_depends_on():
+    torch._dynamo.reset()
+    model = adapted(Signature()).eval()
+    lrcompile.apply(model, lrcompile.spec("lora", rank=1, seed=1), name="other")
+    for name, p in model.named_parameters():
+        if name.endswith("other.B"):
+            nn.init.normal_(p)
+    run = lrcompile.compile(model, fullgraph=True, options={"inner": "eager"})
+    x, mask = torch.randn(3, IN), torch.randn(3, OUT)
+    eager = copy.deepcopy(model)
+    for change, given in (
+        (lambda model: None, {}),
+        (lambda model: None, {"mode": "abs"}),
+        (lambda model: None, {"mask": mask, "power": True}),
+        (lambda model: setattr(model, "gain", 3.0), {}),
+        (lambda model: model.options.update(shift=2.0), {}),
+        (lambda model: lrcompile.activate(model, ["default", "other"]), {}),
+        (lambda model: lrcompile.activate(model, "other"), {}),
+        (lambda model: lrcompile.activate(model, "default"), {}),
+    ):
+        for each in (model, eager):
+            change(each)
+        torch.testing.assert_close(run(x, **given), eager(x, **given))
+        with torch.no_grad():
+            torch.testing.assert_close(run(x, **given), eager(x, **given))

@@ -39,10 +39,18 @@ class AdaptedParameters(Host):
         tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
         module: nn.Module = self  # type: ignore[assignment]
         key = (tuple(tensors), _plain(constants), _plain_attributes(module), _live(module), torch.is_grad_enabled())
+        self._trace_once(key, constants)
+        return _TRACED[module][key](self, **tensors)
+
+    @torch.compiler.assume_constant_result
+    def _trace_once(self, key: Any, constants: dict[str, Any]) -> None:
+        """Dynamo calls this and does not enter it: a trace within its own would break its graph. All that the trace
+        depends on is in `key`, so Dynamo guards it. (A number that it made an input of its graph breaks it still.)
+        """
+        module: nn.Module = self  # type: ignore[assignment]
         cache = _TRACED.setdefault(module, {})
         if key not in cache:
             cache[key] = _compiled(module, constants)
-        return cache[key](self, **tensors)
 
 
 HOST = AdaptedParameters
