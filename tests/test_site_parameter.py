@@ -337,3 +337,17 @@ def test_a_first_compiled_call_is_one_graph_and_follows_what_it_depends_on():
         torch.testing.assert_close(run(x, **given), eager(x, **given))
         with torch.no_grad():
             torch.testing.assert_close(run(x, **given), eager(x, **given))
+
+
+def test_what_was_compiled_once_is_not_compiled_again_on_return():
+    torch._dynamo.reset()
+    model = adapted(Signature()).eval()
+    twin = adapted(Signature()).eval()
+    run = lrcompile.compile(model, fullgraph=True, options={"inner": "eager"})
+    x = torch.randn(3, IN)
+    for mode in ("plain", "abs", "plain", "abs"):
+        torch.testing.assert_close(run(x, mode=mode), model(x, mode=mode))
+        twin(x, mode=mode)
+    assert len(lrcompile.report(model).compiled) == 2
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -26,7 +25,6 @@ NAME = "parameter"
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
-_TRACED: WeakKeyDictionary[nn.Module, dict[Any, Callable]] = WeakKeyDictionary()
 
 
 class AdaptedParameters(Host):
@@ -39,18 +37,34 @@ class AdaptedParameters(Host):
         tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
         module: nn.Module = self  # type: ignore[assignment]
         key = (tuple(tensors), _plain(constants), _plain_attributes(module), _live(module), torch.is_grad_enabled())
-        self._trace_once(key, constants)
-        return _TRACED[module][key](self, **tensors)
+        name = self._traced(key, constants)
+        return getattr(self.lrcompile_adapters._traces, name)(self, **tensors)  # type: ignore[attr-defined]
 
     @torch.compiler.assume_constant_result
-    def _trace_once(self, key: Any, constants: dict[str, Any]) -> None:
-        """Dynamo calls this and does not enter it: a trace within its own would break its graph. All that the trace
-        depends on is in `key`, so Dynamo guards it. (A number that it made an input of its graph breaks it still.)
+    def _traced(self, key: Any, constants: dict[str, Any]) -> str:
+        """Under which name the trace for `key` is, made now if there is none. Dynamo calls this and does not enter it:
+        a trace within its own would break its graph. All that the trace depends on is in `key`, so Dynamo guards it.
+        (A number that it made an input of its graph breaks it still.)
         """
         module: nn.Module = self  # type: ignore[assignment]
-        cache = _TRACED.setdefault(module, {})
-        if key not in cache:
-            cache[key] = _compiled(module, constants)
+        traces = vars(module._modules["lrcompile_adapters"]).setdefault("_traces", Traces())
+        if key not in traces.names:
+            name = f"trace_{len(traces.names)}"
+            setattr(traces, name, _compiled(module, constants))
+            traces.names[key] = name
+        return traces.names[key]
+
+
+class Traces:
+    """Forwards as traced, each an attribute: a compiled graph depends on the one it calls and on no other. Kept beside
+    the adapters; a copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[Any, str] = {}
+
+    def __reduce__(self) -> Any:
+        return (Traces, ())
 
 
 HOST = AdaptedParameters
