@@ -37,11 +37,11 @@ class AdaptedParameters(Host):
         tensors, constants = _sorted_out(cls, inspect.signature(cls.forward).bind(self, *args, **kwargs))
         module: nn.Module = self  # type: ignore[assignment]
         key = (tuple(tensors), _plain(constants), _plain_attributes(module), _live(module), torch.is_grad_enabled())
-        name = self._traced(key, constants)
+        name = self._lrcompile_traced(key, constants)
         return getattr(self.lrcompile_adapters._traces, name)(self, **tensors)  # type: ignore[attr-defined]
 
     @torch.compiler.assume_constant_result
-    def _traced(self, key: Any, constants: dict[str, Any]) -> str:
+    def _lrcompile_traced(self, key: Any, constants: dict[str, Any]) -> str:
         """Under which name the trace for `key` is, made now if there is none. Dynamo calls this and does not enter it:
         a trace within its own would break its graph. All that the trace depends on is in `key`, so Dynamo guards it.
         (A number that it made an input of its graph breaks it still.)
