@@ -41,3 +41,11 @@ def same_start() -> Iterator[None]:
         _, put = SWITCHES[name]
         put(before[name])
     assert not left, f"this test left global state changed: {left}"
+
+
+@pytest.fixture
+def nan_when_empty() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

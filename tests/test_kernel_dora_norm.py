@@ -5,7 +5,6 @@ Inputs lie within NaN and outputs start as NaN, so reading out of bounds and lea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from zoo.hopper import pretend_hopper
 from zoo.poisoned import bound_ratio, flat_within_nan, unwritten, within_nan
 
-from lrcompile.kernel_tools import parts, tuning
+from lrcompile.kernel_tools import parts
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import config
-from lrcompile.kernel_tools.tuning import Tuner
 from lrcompile.kernels.dora_norm import ops, plain
 from lrcompile.kernels.dora_norm.reference import dora_norm
 from lrcompile.kernels.nf4_dequant import BLOCK_SIZES, Nf4, dequantize_nf4, quantize_nf4
@@ -139,27 +138,8 @@ def test_squares_that_are_known_come_back_as_they_were_where_the_pair_is_zero():
 
 
 @pytest.fixture
-def nan_when_empty():
-    """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """CUDA's dispatch on CPU tensors, with kernels interpreted; each thing measured is faster than the one before."""
-    measured: list[str] = []
-
-    def timer(run: Callable[[], object]) -> float:
-        run()
-        measured.append(str(run))
-        return -float(len(measured))
-
-    chooser = Tuner(None, timer)
-    monkeypatch.setattr(ops, "capability", lambda device: 90)
-    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
-    return measured
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    return pretend_hopper(monkeypatch, ops)
 
 
 def test_on_cuda_every_way_gives_the_norm_and_each_is_measured_once(as_on_hopper):

@@ -5,18 +5,17 @@ Interpreted, against float64, within NaN; compiled ahead of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from zoo.hopper import pretend_hopper
 from zoo.poisoned import bound_ratio, unwritten, within_nan
 
-from lrcompile.kernel_tools import tuning
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import config
-from lrcompile.kernel_tools.tuning import Tuner, Way
+from lrcompile.kernel_tools.tuning import Way
 from lrcompile.kernels.lora_group import ops
 from lrcompile.kernels.lora_group.reference import lora_group
 from lrcompile.kernels.lora_linear import ops as of_one
@@ -80,19 +79,7 @@ def test_every_output_and_gradient_is_within_the_bound_of_float64(
 
 @pytest.fixture
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """CUDA's dispatch on CPU tensors, with kernels interpreted; what is measured is counted."""
-    measured: list[object] = []
-
-    def timer(run: Callable[[], object]) -> float:
-        run()
-        measured.append(run)
-        return -float(len(measured))  # each faster than the one before: the last way wins
-
-    chooser = Tuner(None, timer)
-    for module in (ops, of_one):
-        monkeypatch.setattr(module, "capability", lambda device: 90)
-    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
-    return measured
+    return pretend_hopper(monkeypatch, ops, of_one)
 
 
 def operands(ranks: tuple[int, ...] = (16, 5)) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

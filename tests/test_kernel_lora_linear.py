@@ -11,12 +11,11 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from zoo.hopper import pretend_hopper
 from zoo.poisoned import bound_ratio, unwritten, within_nan
 
-from lrcompile.kernel_tools import tuning
 from lrcompile.kernel_tools.compiling import Usage, usages
 from lrcompile.kernel_tools.launches import Config, config
-from lrcompile.kernel_tools.tuning import Tuner
 from lrcompile.kernels.lora_linear import ops
 from lrcompile.kernels.lora_linear.reference import lora_linear
 
@@ -128,26 +127,15 @@ def test_the_two_gradients_add_up_whatever_the_span(span: int):
 
 
 @pytest.fixture
-def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """CUDA's dispatch on CPU tensors, with kernels interpreted; what is measured goes through this list in turn."""
-    measured: list[str] = []
-
-    def timer(run: Callable[[], object]) -> float:
-        measured.append(str(run.func))  # type: ignore[attr-defined]
-        run()
-        return -float(len(measured))  # each faster than the one before: the last way wins
-
-    chooser = Tuner(None, timer)
-    monkeypatch.setattr(ops, "capability", lambda device: 90)
-    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
-    return measured
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    return pretend_hopper(monkeypatch, ops)
 
 
 def aligned_operands(rows: int = 40, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape).to(dtype) for shape in ((rows, 48), (64, 48), (rows, 8), (64, 8)))  # type: ignore[return-value]
 
 
-def test_on_cuda_every_way_gives_the_sum_and_each_is_measured_once(as_on_hopper: list[str]):
+def test_on_cuda_every_way_gives_the_sum_and_each_is_measured_once(as_on_hopper: list[object]):
     x, W, S, B = aligned_operands(rows=70)
     xs, Ms, bias = [x, S], [W.t(), B.t()], torch.randn(64).bfloat16()
     ways = ops.ways_to_sum(xs, Ms, bias)
@@ -160,7 +148,7 @@ def test_on_cuda_every_way_gives_the_sum_and_each_is_measured_once(as_on_hopper:
     assert len(as_on_hopper) == len(ways)
 
 
-def test_on_cuda_every_way_gives_both_gradients_and_each_is_measured_once(as_on_hopper: list[str]):
+def test_on_cuda_every_way_gives_both_gradients_and_each_is_measured_once(as_on_hopper: list[object]):
     dy, B, _, _ = aligned_operands()
     B, S = torch.randn(48, 8).bfloat16(), torch.randn(40, 8).bfloat16()
     ways = ops.ways_to_differentiate(dy, B, S)
@@ -185,14 +173,14 @@ def test_on_cuda_every_way_gives_both_gradients_and_each_is_measured_once(as_on_
     ],
     ids=["one product", "six products", "rank 300", "float64", "two dtypes", "no rows"],
 )
-def test_what_the_kernel_does_not_take_stays_with_aten(as_on_hopper: list[str], change: Callable):
+def test_what_the_kernel_does_not_take_stays_with_aten(as_on_hopper: list[object], change: Callable):
     x, W, S, B = aligned_operands()
     xs, Ms = change([x, S], [W.t(), B.t()])
     assert list(ops.ways_to_sum(xs, Ms, None)) == ["aten"]
 
 
 @pytest.mark.parametrize("rank", [5, 129])
-def test_gradients_of_a_rank_or_storage_that_does_not_pay_stay_with_aten(as_on_hopper: list[str], rank: int):
+def test_gradients_of_a_rank_or_storage_that_does_not_pay_stay_with_aten(as_on_hopper: list[object], rank: int):
     dy, B, S = (torch.randn(shape).bfloat16() for shape in ((40, 48), (48, rank), (40, rank)))
     assert (len(ops.ways_to_differentiate(dy, B, S)) > 1) == (rank == 5)
     expanded = torch.ones((), dtype=torch.bfloat16).expand(40, 48)  # what sum().backward() sends
@@ -200,7 +188,7 @@ def test_gradients_of_a_rank_or_storage_that_does_not_pay_stay_with_aten(as_on_h
     assert list(ops.ways_to_differentiate(dy.t().contiguous().t(), B, S)) == ["aten"]
 
 
-def test_wide_factors_and_scales_act_as_if_cast_and_multiplied_before(as_on_hopper: list[str]):
+def test_wide_factors_and_scales_act_as_if_cast_and_multiplied_before(as_on_hopper: list[object]):
     x, W, S, _ = aligned_operands()
     B, scale = torch.randn(W.shape[0], S.shape[1]), torch.tensor(0.7)
     narrow = (scale * B).bfloat16()

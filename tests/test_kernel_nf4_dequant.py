@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,11 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
+from zoo.hopper import pretend_hopper
 from zoo.poisoned import flat_within_nan, unwritten
 
-from lrcompile.kernel_tools import tuning
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import config
-from lrcompile.kernel_tools.tuning import Tuner
 from lrcompile.kernels.nf4_dequant import (
     ABSMAX_BLOCK,
     BLOCK_SIZES,
@@ -332,19 +330,8 @@ def test_the_kernel_writes_the_bits_of_the_definition(shape, block_size, dtype, 
 
 
 @pytest.fixture
-def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """CUDA's dispatch on CPU tensors, with kernels interpreted; each thing measured is faster than the one before."""
-    measured: list[float] = []
-
-    def timer(run: Callable[[], object]) -> float:
-        run()
-        measured.append(-float(len(measured)))
-        return measured[-1]
-
-    chooser = Tuner(None, timer)
-    monkeypatch.setattr(ops, "capability", lambda device: 90)
-    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
-    return measured
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    return pretend_hopper(monkeypatch, ops)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -5,7 +5,7 @@ Inputs lie within NaN and outputs start as NaN, so reading out of bounds and lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from zoo.hopper import pretend_hopper
 from zoo.poisoned import bound_ratio, flat_within_nan, unwritten
 
 import lrcompile.dialect.nf4  # noqa: F401  (registers lrcompile::nf4_linear)
-from lrcompile.kernel_tools import parts, tuning
+from lrcompile.kernel_tools import parts
 from lrcompile.kernel_tools.compiling import usages
 from lrcompile.kernel_tools.launches import Config, config
-from lrcompile.kernel_tools.tuning import Tuner
 from lrcompile.kernels.nf4_dequant import CODEBOOK, Nf4, dequantize_nf4, quantize_nf4
 from lrcompile.kernels.nf4_dequant import ops as dequant_ops
 from lrcompile.kernels.nf4_linear import nf4_linear, ops
@@ -153,14 +153,6 @@ def test_programs_that_share_a_tile_add_up(path, config, k, transposed, monkeypa
     assert _held(y, x, _values(nf4, 32, transposed, n, k), bias) < LIMIT
 
 
-@pytest.fixture
-def nan_when_empty() -> Iterator[None]:
-    """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ("tiles", "steps", "shared"), [(1, 64, 16), (32, 64, 8), (33, 64, 8), (132, 64, 2), (400, 64, 1), (1, 7, 1)]
 )
@@ -216,19 +208,8 @@ def test_the_assembly_is_what_a_thread_can_afford():
 
 
 @pytest.fixture
-def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """CUDA's dispatch on CPU tensors, with kernels interpreted; each thing measured is faster than the one before."""
-    measured: list[str] = []
-
-    def timer(run: Callable[[], object]) -> float:
-        run()
-        measured.append(str(run))
-        return -float(len(measured))
-
-    chooser = Tuner(None, timer)
-    monkeypatch.setattr(ops, "capability", lambda device: 90)
-    monkeypatch.setattr(tuning, "tuner", lambda: chooser)
-    return measured
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    return pretend_hopper(monkeypatch, ops)
 
 
 def _call(
