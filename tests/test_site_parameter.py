@@ -351,3 +351,12 @@ def test_what_was_compiled_once_is_not_compiled_again_on_return():
     assert len(lrcompile.report(model).compiled) == 2
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(x), model(x))
+
+
+def test_a_model_that_has_run_is_stored_and_copied_without_its_traces(tmp_path):
+    model, x = adapted(Signature()).eval(), torch.randn(3, IN)
+    y = model(x)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert not other.lrcompile_adapters._traces.names
+        torch.testing.assert_close(other(x), y)

@@ -20,8 +20,7 @@ def gain(y: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
     y `[..., out]`, g `[out]`, c whatever broadcasts to y (None: 0). Gains near one keep the digits of g's dtype beside
     a bfloat16 y; a gain of exactly one leaves y's bits alone.
     """
-    of_outputs = kept is None or (kept.shape == g.shape and not kept.requires_grad)
-    if y.device.type == "cpu" and plain(y, g) and of_outputs and y.numel():  # no rows: its backward divides by them
+    if y.device.type == "cpu" and plain(y, g) and (kept is None or (kept.shape == g.shape and not kept.requires_grad)):
         return _normalized(y, g, kept)
     moved = y if kept is None else y - kept.to(y.dtype)
     return y + (g - 1).to(y.dtype) * moved
