@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import track
 from steps.cases import CASES, Case, build
 from steps.measuring import measure
-from steps.results import keep
+from steps.results import keep, kept
 from steps.targets import judged
 from steps.variants import METHODS, variants
 from torch import nn
@@ -69,6 +69,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         parser.error("threads that wait use the CPU too: --clock cpu needs OMP_NUM_THREADS=1")
+    if options.json:
+        try:
+            kept(options.json)
+        except ValueError as error:
+            parser.error(f"--json: {options.json} is no file of this benchmark's results ({error}); name another")
     here = {
         "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),

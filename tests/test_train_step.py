@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from steps.accuracy import errors
 from steps.cases import Case, Maps, build
 from steps.measuring import measure
-from steps.results import keep
+from steps.results import keep, kept
 from steps.targets import galore, judged
 from steps.variants import METHODS, variants
 
@@ -107,3 +107,13 @@ def test_runs_on_one_machine_add_to_one_file_and_another_begins_anew(tmp_path: P
     assert json.loads(path.read_text()) == here | {"results": {"lora": {"pairs": 5}, "dora": {"pairs": 4}}}
     keep(path, here | {"machine": "two"}, "vera", {"pairs": 6})
     assert json.loads(path.read_text()) == {**here, "machine": "two", "results": {"vera": {"pairs": 6}}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path, text: str):
+    path = tmp_path / "numbers.json"
+    path.write_text(text)
+    for use in (lambda: kept(path), lambda: keep(path, {"machine": "one"}, "lora", {})):
+        with pytest.raises(ValueError, match="Expecting|no results"):
+            use()
+    assert path.read_text() == text
