@@ -15,13 +15,18 @@ LIBRARY.define("input_gain(Tensor x, Tensor g) -> Tensor")
 
 @torch.library.impl(LIBRARY, "gain", "CompositeImplicitAutograd")
 def gain(y: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
-    """y + (g − 1) ⊙ (y − c): every output times its gain, but for the part c of it.
+    """y + (g − 1) ⊙ (y − c) = y ⊙ g + c ⊙ (1 − g): every output times its gain, but for the part c of it.
 
     y `[..., out]`, g `[out]`, c whatever broadcasts to y (None: 0). Gains near one keep the digits of g's dtype beside
     a bfloat16 y; a gain of exactly one leaves y's bits alone.
     """
     if y.device.type == "cpu" and plain(y, g) and (kept is None or (kept.shape == g.shape and not kept.requires_grad)):
         return _normalized(y, g, kept)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if y.dtype == wide or torch.compiler.is_compiling():  # a compiler fuses the casts; else they are as wide as y
+        g = g.to(wide)
+        scaled = y.to(wide) * g
+        return (scaled if kept is None else scaled + kept.to(wide) * (1 - g)).to(y.dtype)
     moved = y if kept is None else y - kept.to(y.dtype)
     return y + (g - 1).to(y.dtype) * moved
 
