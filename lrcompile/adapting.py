@@ -12,6 +12,7 @@ from lrcompile.attaching import attach, detach, require_attachable
 from lrcompile.building import stores_otherwise
 from lrcompile.calibrating import Loss, calibrated
 from lrcompile.errors import AdapterError, SpecError
+from lrcompile.interop.bitsandbytes import note, taken_over
 from lrcompile.matching import match
 from lrcompile.merging import unmerge
 from lrcompile.proving import prove
@@ -37,7 +38,8 @@ def apply(
     The new adapter is active alone and the only thing that trains. Base parameters keep their identity, names and
     bits. An `fx.GraphModule` (also the module of an exported program) gets the same rewrite on its nodes. With
     `example_inputs` (a dict of keyword or a tuple of positional arguments) it is proved on the spot that every adapter
-    is reached, gets a gradient and merges; before the base is quantized, where the method does that.
+    is reached, gets a gradient and merges; before the base is quantized, where the method does that. Weights that
+    bitsandbytes holds in NF4 (`from_pretrained` with `load_in_4bit`) are taken over first, with the codes they have.
 
     A method that starts from data takes `data`, an iterable of batches (a dict for `model(**batch)`, a tuple for
     `model(*batch)`), and `loss(output, batch)`, by default `output.loss`.
@@ -53,13 +55,22 @@ def apply(
     refuse_wrapped(model, "apply to")
     if torch.is_inference_mode_enabled():
         raise AdapterError("apply within torch.inference_mode(): its tensors could never train; leave the block first")
+    with taken_over(model) as names:
+        _applied(model, spec, name, example_inputs, data, loss)
+    state_of(model).notes += note(names)
+    return model
+
+
+def _applied(
+    model: nn.Module, spec: Spec, name: str, example_inputs: Any, data: Iterable[Any] | None, loss: Loss | None
+) -> None:
     matched = match(model, spec)
     if data is not None:
         require_attachable(model, spec, name, matched)
     spec, matched, measured = calibrated(model, spec, matched, data, loss)
     if example_inputs is None:
         attach(model, spec, name, matched, measured=measured)
-        return model
+        return
     before = (dict(state_of(model).active), state_of(model).training) if has_state(model) else ({}, ())
     again = stores_otherwise(spec)
     # the proof puts values of its own into the factors, so those that are made anew afterwards need not start
@@ -73,7 +84,6 @@ def apply(
         detach(model, state_of(model), name, matched.hit, *before)
         attach(model, spec, name, matched, measured=measured)
         state_of(model).dead = ()
-    return model
 
 
 def remove(model: nn.Module, name: str | None = None, *, keep_trained_weights: bool = False) -> nn.Module:

@@ -16,6 +16,7 @@ from lrcompile.checkpointing.filling import attach_filled
 from lrcompile.checkpointing.origin import origin_of
 from lrcompile.checkpointing.plans import check, refuse_other_base_values, values_at
 from lrcompile.errors import AdapterError, SpecError
+from lrcompile.interop.bitsandbytes import note, taken_over
 from lrcompile.state import State, has_state, require_name, state_of
 from lrcompile.walking import first_of_each_class
 from lrcompile.wrapping import refuse_wrapped, within
@@ -82,7 +83,8 @@ def load(
     `q-galore`, which holds the weight itself, in INT8). With `residual="fold"` the weights are formed anew from the
     base's. `qpissa` and `loftq` load into the NF4 base with the codes they chose and into no other: quantize the float
     base as their spec says, then give it the saved codes with `load_state_dict`. `nn.MultiheadAttention` computes the
-    documented mathematics; PEFT 0.21 applies the update of its `out_proj` twice, and the report says so.
+    documented mathematics; PEFT 0.21 applies the update of its `out_proj` twice, and the report says so. Weights that
+    bitsandbytes holds in NF4 are taken over first, with the codes they have.
 
     Raises one `AdapterError` that lists unknown keys, missing keys, wrong shapes and dtypes, values that are not
     finite; or that says what differs between this base and the adapter's, or which setting has no counterpart. On any
@@ -95,7 +97,13 @@ def load(
         raise AdapterError(f"an adapter named {name!r} is there already; give replace=True, or another name=")
     if state is not None and name in state.specs:
         refuse_written(model, [name], f"replace adapter {name!r}")
-    folder = Path(dir)
+    with taken_over(model) as names:
+        _loaded(model, state, Path(dir), name, trainable)
+    state_of(model).notes += note(names)
+    return model
+
+
+def _loaded(model: nn.Module, state: State | None, folder: Path, name: str, trainable: bool) -> None:
     with opened(folder) as checkpoint:
         try:
             plan = (own_layout if checkpoint.own else peft_layout).planned(model, state, checkpoint)
@@ -107,7 +115,6 @@ def load(
     own_layout.check_written(plan, tensors, folder)
     refuse_other_base_values(model, state, plan, tensors, folder)
     attach_filled(model, plan, name, values, tensors, trainable)
-    return model
 
 
 def _folders(state: State, name: str | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
+from lrcompile.interop.bitsandbytes import taken_over
 from lrcompile.kernels.nf4_dequant import BLOCK_SIZES, Nf4, quantize_nf4
 from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
 from lrcompile.nf4.targets import chosen
@@ -62,23 +63,29 @@ def quantize(
     outright is quantized or refused. One-way, unless `keep_base="cpu"` keeps the original bits in host memory for
     `dequantize`.
 
+    Weights that bitsandbytes holds in NF4 already (`from_pretrained` with `load_in_4bit`) are taken over with the
+    codes, blocks and compute dtype they have. `"all-linear"` then is these, and spares what bitsandbytes was told to
+    skip.
+
     Raises `SpecError` for an option, `TargetError` for a target, `AdapterError` for a model that is wrapped, adapted or
     merged; the model is then as it was.
     """
     compute = _checked_options(scheme, block_size, double_quant, compute_dtype, keep_base)
     refuse_wrapped(model, "quantize")
     _refuse_merged(model)
-    modules, spared = chosen(model, targets, () if exclude is None else exclude)
-    stored = [
-        (module, *_stored(name, module, block_size, double_quant, compute))
-        for name, module in shown(modules.items(), "quantizing to NF4", len(modules))
-    ]
-    bases = [_kept(module, keep_base) for module in modules.values()] if keep_base else []
+    with taken_over(model) as names:
+        modules, spared = ({}, {}) if names and targets == ALL_LINEAR else chosen(model, targets, exclude or ())
+        stored = [
+            (module, *_stored(name, module, block_size, double_quant, compute))
+            for name, module in shown(modules.items(), "quantizing to NF4", len(modules))
+        ]
+        bases = [_kept(module, keep_base) for module in modules.values()] if keep_base else []
     for module, nf4, layout in stored:
         attach(module, nf4, layout)
     for module, base in zip(modules.values(), bases, strict=False):
         module.__dict__[_BASE] = base
-    model.__dict__[_RECORD] = Quantization(block_size, double_quant, tuple(modules), spared, keep_base is not None)
+    done = (*names, *modules)
+    model.__dict__[_RECORD] = Quantization(block_size, double_quant, done, spared, keep_base is not None and not names)
     for name, reason in spared.items():
         _log.info("%s stays as it is: %s", name, reason)
     return model
