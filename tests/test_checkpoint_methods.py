@@ -41,7 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 """What a method needs beside targets and rank."""
 PAIRS = ("lora", "rslora", "lora+", "qlora", "lora-fa", "lora-one", "eva", "lora-pro", "lora-rite", "qpissa", "loftq")
-PEFTS = {**dict.fromkeys((*PAIRS, "dora"), "LORA"), "vera": "VERA", "adalora": "ADALORA", "ia3": "IA3"}
+PEFTS = {**dict.fromkeys((*PAIRS, "dora"), "LORA"), "vera": "VERA", "adalora": "ADALORA", "ia3": "IA3", "hira": "HIRA"}
 METHODS = lrcompile.methods()
 QUANTIZING = [name for name in METHODS if recipe(name).quantizes_base]
 CHOSEN_CODES = [name for name in QUANTIZING if recipe(name).nf4 is not None]

@@ -1,4 +1,4 @@
-"""VeRA, AdaLoRA and (IA)³ in PEFT's own layouts: for identical tensors outputs are identical, whichever of the two
+"""VeRA, AdaLoRA, (IA)³ and HiRA in PEFT's own layouts: for identical tensors outputs are identical, whichever of the two
 wrote the folder.
 
 Scales and values are exact in float32, in which PEFT keeps VeRA's projections whatever the base.
@@ -80,6 +80,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], dict[str, An
         peft.IA3Config,
         {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True},
     ),
+    "hira": (
+        llama,
+        peft.HiraConfig,
+        {"r": 3, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "hira all-linear": (
+        llama,
+        peft.HiraConfig,
+        {"r": 3, "target_modules": "all-linear", "exclude_modules": ["v_proj"], "modules_to_save": ["norm"]},
+    ),
+    "hira Conv1D": (
+        gpt2,
+        peft.HiraConfig,
+        {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "init_weights": "gaussian"},
+    ),
 }
 
 
@@ -146,6 +161,8 @@ def test_what_peft_saved_computes_the_same_here_and_goes_back_unchanged(name: st
         (gpt2, "adalora", {"rank": 4, "alpha": 8, "target_rank": 2, "total_steps": 9, "bias": "lora_only"}),
         (llama, "ia3", {"feedforward": ["up_proj", "1.mlp.down_proj"], "exclude": ["o_proj"]}),
         (gpt2, "ia3", {"train_modules": ["ln_f"]}),
+        (llama, "hira", {"rank": 3, "dropout": 0.5, "train_modules": ["norm"]}),
+        (gpt2, "hira", {"rank": 3, "layers": [1], "init": "gaussian"}),
     ],
 )
 def test_what_was_applied_here_computes_the_same_in_peft(
@@ -216,6 +233,8 @@ def test_a_spec_and_a_config_say_the_same(name: str):
         ("vera", {"exclude": ["q_proj"]}, "exclude_modules"),
         ("ia3", {"bias": "all"}, "trains no biases"),
         ("ia3", {"layers": [1]}, "restricted"),
+        ("hira", {"rank": 2, "bias": "all"}, "trains no biases"),
+        ("hira", {"rank": 3, "rank_pattern": {"up_proj": 2}}, "no notice"),
     ],
 )
 def test_what_pefts_settings_cannot_say_is_refused_and_saved_in_our_layout(
@@ -239,6 +258,9 @@ def test_what_pefts_settings_cannot_say_is_refused_and_saved_in_our_layout(
         ({"peft_type": "IA3", "target_modules": ["q_proj"]}, "feedforward_modules"),
         ({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": [1]}, "feedforward_modules"),
         ({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": 1}, "feedforward_modules"),
+        ({"peft_type": "HIRA", "target_modules": ["q_proj"], "bias": "all"}, "bias"),
+        ({"peft_type": "HIRA", "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"peft_type": "HIRA", "target_modules": ["q_proj"], "init_weights": "pissa"}, "init_weights"),
         ({"peft_type": "VERA", "target_modules": ["q_proj"], "lora_alpha": 3}, "lora_alpha"),
         ({"peft_type": "VERA", "target_modules": ["q_proj"], "r": -1}, "rank"),
         ({"peft_type": "VERA", "target_modules": ["q_proj"], "bias": "lora_onl"}, "bias"),

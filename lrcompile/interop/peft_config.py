@@ -55,7 +55,7 @@ _UNSUPPORTED = {
 
 
 def spec_from_peft(config: Any) -> Spec:
-    """The spec of a `LoraConfig`, `AdaLoraConfig`, `VeraConfig` or `IA3Config`, or of the mapping of an
+    """The spec of a `LoraConfig`, `AdaLoraConfig`, `VeraConfig`, `IA3Config` or `HiraConfig`, or of the mapping of an
     `adapter_config.json`.
 
     `target_modules` and `target_parameters` become `targets`, `modules_to_save` becomes `train_modules`, `use_rslora`

@@ -2,6 +2,7 @@
 
 LORA     s·B·A, also with magnitudes (DoRA)         VERA   one pair for all sites, two vectors a site
 ADALORA  s·B·diag(E)·A                              IA3    one gain for each output, or input of a feedforward layer
+HIRA     W ⊙ B·A
 """
 
 from __future__ import annotations
@@ -190,6 +191,32 @@ def _only_modules(spec: Spec) -> str | None:
     return None
 
 
+def _write_hira(spec: Spec) -> dict[str, Any]:
+    return {
+        "r": spec.rank,
+        "hira_dropout": spec.dropout,
+        "init_weights": "gaussian" if spec.init == "gaussian" else True,
+    }
+
+
+def _read_hira(data: Mapping[str, Any], trained: bool) -> dict[str, Any]:
+    given = data.get("init_weights", True)
+    if given not in (True, False, None, "gaussian"):
+        raise SpecError(f"init_weights={given!r}; expected true, false or 'gaussian'", field="init_weights")
+    return {
+        "method": "hira",
+        "rank": data.get("r", 32),
+        "dropout": data.get("hira_dropout") or 0.0,
+        "init": "gaussian" if given == "gaussian" else "kaiming",
+    }
+
+
+def _one_rank(spec: Spec) -> str | None:
+    if spec.rank_pattern:
+        return "PEFT 0.21's HiRA takes no notice of its rank_pattern"
+    return "PEFT's HiRA trains no biases" if spec.bias != "none" else None
+
+
 def plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
@@ -239,4 +266,14 @@ IA3 = PeftType(
     read=_read_ia3,
     refusal=_only_modules,
 )
-TYPES = {each.name: each for each in (LORA, ADALORA, VERA, IA3)}
+HIRA = PeftType(
+    "HIRA",
+    forms=(frozenset("AB"),),
+    scale=scales.one,
+    keys={"A": "hira_A", "B": "hira_B"},
+    settings=frozenset(["r", "hira_dropout", "init_weights", "exclude_modules", *_TARGETS[:-1]]),
+    write=_write_hira,
+    read=_read_hira,
+    refusal=_one_rank,
+)
+TYPES = {each.name: each for each in (LORA, ADALORA, VERA, IA3, HIRA)}
