@@ -202,7 +202,7 @@ def our_gradients(model: nn.Module, folder: Path) -> dict[str, Tensor | None]:
     found: dict[str, Tensor | None] = {}
     for place in places(model, units):
         adapter = adapter_set(model, place.unit.site)["default"]
-        packed = pack(model, place, {"A": adapter.A.grad, "B": adapter.B.grad})
+        packed = pack(place, {"A": adapter.A.grad, "B": adapter.B.grad})
         found |= {key: packed[tensor] for tensor, key in place.keys.items()}
     for parameter in state.trained.names_of("default"):
         found[base_key(slots_by_host(units), parameter)] = model.get_parameter(parameter).grad

@@ -1,5 +1,5 @@
-"""VeRA, AdaLoRA, (IA)³ and HiRA in PEFT's own layouts: for identical tensors outputs are identical, whichever of the two
-wrote the folder.
+"""VeRA, AdaLoRA, (IA)³ and HiRA in PEFT's own layouts: for identical tensors outputs are identical, whichever of the
+two wrote the folder.
 
 Scales and values are exact in float32, in which PEFT keeps VeRA's projections whatever the base.
 """

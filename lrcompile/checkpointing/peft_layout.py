@@ -13,10 +13,11 @@ from lrcompile.checkpointing.origin import matched_to_origin
 from lrcompile.checkpointing.plans import Plan, base_tensors, blanks, dtype_notes, rank_notes
 from lrcompile.errors import AdapterError, SpecError
 from lrcompile.interop.peft_config import form_of, spec_to_peft, type_of
+from lrcompile.interop.peft_experts import WRITTEN_AS, Reading, current, reading_of
 from lrcompile.interop.peft_fitting import by_parameter, fitted
 from lrcompile.interop.peft_keys import base_key, base_name, pack, places, slots_by_host
 from lrcompile.interop.peft_matching import Unit, as_parameter, targets_for
-from lrcompile.interop.peft_types import PeftType
+from lrcompile.interop.peft_types import LORA, PeftType
 from lrcompile.recipes import recipe
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -47,10 +48,12 @@ def content(model: nn.Module, state: State, name: str) -> Content:
     config = spec_to_peft(spec, **targets_for(model, spec, sites, kind.settings), base_model_name_or_path=where)
     # a setting that is not there is one that older readers need not know
     config = {key: value for key, value in config.items() if value is not None}
+    if "target_parameters" in config:
+        config["peft_version"] = WRITTEN_AS
     adapted = by_parameter(config, sites)
     tensors: dict[str, Tensor] = {}
     for place in places(model, adapted, kind, form_of(spec), config):
-        packed = pack(model, place, _detached(adapter_set(model, place.unit.site)[name]))
+        packed = pack(place, _detached(adapter_set(model, place.unit.site)[name]))
         tensors |= {key: packed[tensor] for tensor, key in place.keys.items()}
     wrapped = slots_by_host(adapted)
     for parameter in state.trained.names_of(name):
@@ -60,7 +63,7 @@ def content(model: nn.Module, state: State, name: str) -> Content:
 
 def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Plan:
     keys, entries = set(checkpoint.tensors.entries), checkpoint.tensors.entries
-    notes = list(checkpoint.notes)
+    notes, reading = list(checkpoint.notes), current
     if checkpoint.spec is not None and checkpoint.base is not None:
         spec = checkpoint.spec
         kind, tensors = _checked_type(spec, checkpoint)
@@ -75,6 +78,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
         except AdapterError as error:
             raise as_adapter_error(error, checkpoint.folder) from error
         kind, tensors = _checked_type(spec, checkpoint)
+        reading = _reading(model, adapted, kind, checkpoint)
         wrapped = slots_by_host(adapted)
         # PEFT trains biases called just "bias"
         trained = {base_key(wrapped, each): each for each in matched.trained}
@@ -88,7 +92,7 @@ def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Pl
                 f" PEFT's layout has no place for that, so {OURS} is not the file that was written with it"
             )
     matched = replace(matched, trained=tuple(trained.values()))
-    found = places(model, adapted, kind, tensors, checkpoint.config)
+    found = places(model, adapted, kind, tensors, checkpoint.config, reading)
     known = set(trained) | {key for place in found for key in place.keys.values()}
     base = base_tensors(model) if keys - known else {}
     frozen = {key: base_name(key) for key in keys - known if base_name(key) in base}
@@ -107,6 +111,19 @@ def _checked_type(spec: Spec, checkpoint: Checkpoint) -> tuple[PeftType, frozens
             f" {checkpoint.config.get('peft_type')!r}"
         )
     return kind, form_of(spec)
+
+
+def _reading(model: nn.Module, adapted: list[Unit], kind: PeftType, checkpoint: Checkpoint) -> Reading:
+    found = {id(place.unit): place.keys for place in places(model, adapted, kind, ("A", "B"))} if kind is LORA else {}
+
+    def shapes(unit: Unit) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        pair = [checkpoint.tensors.entries.get(key) for key in found[id(unit)].values()]
+        return None if None in pair else tuple(tuple(each.shape) for each in pair)  # type: ignore[return-value, union-attr]
+
+    try:
+        return reading_of(model, adapted, shapes, checkpoint.config)
+    except AdapterError as error:
+        raise as_adapter_error(error, checkpoint.folder) from error
 
 
 def _has_words_for(site: Site, tensors: dict[str, Any]) -> bool:

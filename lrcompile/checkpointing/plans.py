@@ -130,7 +130,7 @@ def _expected(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> dict[str,
     out |= {key: model.get_parameter(site.parameter) for key, site in plan.written.items()}
     held = blanks(plan.spec, plan.matched.hit, checkpoint.folder)
     for place in plan.places:
-        packed = pack(model, place, held[place.unit.site.name])
+        packed = pack(place, held[place.unit.site.name])
         for tensor, key in place.keys.items():
             if out.setdefault(key, packed[tensor]).shape != packed[tensor].shape:
                 raise AdapterError(
@@ -150,7 +150,7 @@ def values_at(model: nn.Module, spec: Spec, place: Place, tensors: Mapping[str, 
     if device.type == "meta":
         raise AdapterError(f"{site.name} is on the meta device; load the base's weights first, then the adapter")
     stored = {tensor: tensors[key] for tensor, key in place.keys.items()}
-    unpacked = unpack(model, place, stored, spec.rank_of(site.name))
+    unpacked = unpack(place, stored, spec.rank_of(site.name))
     # copies: the file's buffer must not stay alive, and unaligned memory would round otherwise
     return {
         tensor: value.to(device, copy=True, memory_format=torch.contiguous_format) for tensor, value in unpacked.items()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import SpecError
+from lrcompile.interop.peft_experts import Reading, current, swapped
 from lrcompile.interop.peft_matching import Unit, feeds_forward
 from lrcompile.interop.peft_types import LORA, PeftType
 from lrcompile.names import beginnings
@@ -41,6 +42,8 @@ class Place:
     """Of tensors with one dimension here and more there."""
     kept: tuple[int, ...] | None = None
     """The rows of A and E, columns of B, that are there; None: all. What is not counts for nothing, its E being 0."""
+    swapped: bool = False
+    """Are A and B there those of the transposed map?"""
 
 
 def places(
@@ -49,8 +52,11 @@ def places(
     kind: PeftType = LORA,
     tensors: Iterable[str] = ("A", "B"),
     config: Mapping[str, Any] | None = None,
+    reading: Reading = current,
 ) -> list[Place]:
-    """The names under which PEFT stores these tensors of `adapted`, as `config` says where it does."""
+    """The names under which PEFT stores these tensors of `adapted`, as `config` says where it does, and stacks of
+    experts as it reads them.
+    """
     adapted, tensors, config = list(adapted), tuple(tensors), config or {}
     wrapped, out = slots_by_host(adapted), []
     for unit in adapted:
@@ -60,7 +66,7 @@ def places(
         keys = {tensor: kind.shared.get(tensor) or f"{prefix}.{local[tensor]}" for tensor in tensors}
         shapes = {"gain": (1, -1) if feeds_forward(config, unit) else (-1, 1)} if "gain" in tensors else {}
         kept = _kept(config, unit) if "E" in tensors else None
-        out.append(Place(unit, keys, shapes, kept))
+        out.append(Place(unit, keys, shapes, kept, unit.by_parameter and swapped(model, unit, reading)))
     return out
 
 
@@ -89,11 +95,11 @@ def base_name(key: str) -> str:
     return ".".join(part for part in key.removeprefix(f"{PREFIX}.").split(".") if part not in inner)
 
 
-def pack(model: nn.Module, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A `[…, r, in]`, B `[…, out, r]` and what else the form has, as PEFT stores them."""
     unit, out = place.unit, dict(tensors)
     if unit.by_parameter:
-        A, B = (out["B"].mT, out["A"].mT) if _swapped(model, unit) else (out["A"], out["B"])
+        A, B = (out["B"].mT, out["A"].mT) if place.swapped else (out["A"], out["B"])
         if unit.site.copies is not None:
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         out |= {"A": A, "B": B}
@@ -102,14 +108,14 @@ def pack(model: nn.Module, place: Place, tensors: Mapping[str, Tensor]) -> dict[
     return out | {name: out[name].reshape(shape) for name, shape in place.shapes.items()}
 
 
-def unpack(model: nn.Module, place: Place, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+def unpack(place: Place, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Inverse of `pack`, at a site of this rank."""
     unit, out = place.unit, dict(tensors)
     if unit.by_parameter:
         A, B = out["A"], out["B"]
         if unit.site.copies is not None:
             A, B = A.unflatten(0, (unit.site.copies, -1)), B.unflatten(1, (-1, unit.site.copies)).permute(2, 0, 1)
-        out |= {"A": B.mT, "B": A.mT} if _swapped(model, unit) else {"A": A, "B": B}
+        out |= {"A": B.mT, "B": A.mT} if place.swapped else {"A": A, "B": B}
     if place.kept is not None:
         for name, dim in _RANKS.items():
             whole = out[name].new_zeros([rank if d == dim else size for d, size in enumerate(out[name].shape)])
@@ -123,12 +129,6 @@ _RANKS = {"A": 0, "E": 0, "B": 1}
 
 def _index(kept: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(kept, dtype=torch.int64, device=like.device)
-
-
-def _swapped(model: nn.Module, unit: Unit) -> bool:
-    """PEFT takes a raw matrix for `[out, in]`, a stack for what the module's `is_transposed` says; we know its use."""
-    theirs = unit.site.copies is not None and bool(getattr(submodule(model, unit.site.host), "is_transposed", False))
-    return unit.site.transposed != theirs
 
 
 def slots_by_host(adapted: Iterable[Unit]) -> dict[str, list[str]]:
