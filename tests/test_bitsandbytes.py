@@ -18,7 +18,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")
 
 
-def held(weight: torch.Tensor, double: bool) -> nn.Module:
+def held(weight: torch.Tensor, double: bool) -> Any:
     out_features, in_features = weight.shape
     module = bitsandbytes.nn.Linear4bit(in_features, out_features, quant_type="nf4", compress_statistics=double)
     module.load_state_dict({"weight": weight, "bias": torch.zeros(out_features)})
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def opened(folder: Path, kind: str = "nf4", double: bool = True, **options: Any) -> nn.Module:
+def opened(folder: Path, kind: str = "nf4", double: bool = True, **options: Any) -> Any:
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -135,7 +135,7 @@ def test_an_adapter_trained_here_is_loaded_onto_a_fresh_copy_to_the_bit(folder: 
 
 
 def test_what_was_told_to_stay_float_stays_and_can_be_named(folder: Path):
-    model = lrcompile.quantize(opened(folder, llm_int8_skip_modules=["down_proj", "lm_head"]))
+    model: Any = lrcompile.quantize(opened(folder, llm_int8_skip_modules=["down_proj", "lm_head"]))
     assert not is_nf4(model.model.layers[0].mlp.down_proj)
     assert is_nf4(model.model.layers[0].mlp.up_proj)
     model = lrcompile.quantize(opened(folder, llm_int8_skip_modules=["down_proj", "lm_head"]), targets=["down_proj"])
@@ -184,6 +184,6 @@ def test_what_fails_afterwards_leaves_the_model_of_bitsandbytes_as_it_was(folder
 
 
 def test_the_compute_dtype_is_the_one_the_model_was_loaded_with(folder: Path):
-    model = lrcompile.quantize(opened(folder))
+    model: Any = lrcompile.quantize(opened(folder))
     layout = layout_of(model.model.layers[0].mlp.up_proj)
     assert (layout.compute_dtype, layout.dtype, layout.block_size) == (torch.float32, torch.float32, 64)

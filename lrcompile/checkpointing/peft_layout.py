@@ -63,7 +63,8 @@ def content(model: nn.Module, state: State, name: str) -> Content:
 
 def planned(model: nn.Module, state: State | None, checkpoint: Checkpoint) -> Plan:
     keys, entries = set(checkpoint.tensors.entries), checkpoint.tensors.entries
-    notes, reading = list(checkpoint.notes), current
+    notes = list(checkpoint.notes)
+    reading: Reading = current
     if checkpoint.spec is not None and checkpoint.base is not None:
         spec = checkpoint.spec
         kind, tensors = _checked_type(spec, checkpoint)
