@@ -61,7 +61,7 @@ class Conversion:
         return render(("site", "rank was", "rank", "scale", "error/‖Δ‖"), rows, title=title, notes=self.notes)
 
 
-def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = None) -> Conversion:
+def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = None, uniform: bool = False) -> Conversion:
     """Δ = s·B'·A'  for the adapter `name` (None: the only, or the only active one), as a plain `lora` adapter of that
     name; in place.
 
@@ -73,6 +73,10 @@ def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = Non
     each site's own. `lrcompile.save` then writes PEFT's LORA. An optimizer made before holds the old tensors: make a
     new one.
 
+    `uniform` gives every site one rank, that of the widest, by zeros, and the scale 1 by multiplying B: for programs
+    that read PEFT's folder with one `r` and one `lora_alpha` and take no notice of `rank_pattern`, `alpha_pattern` or,
+    some of them, `use_rslora` (vLLM, llama.cpp). It refuses parameters trained in full, which they do not load.
+
     Raises `AdapterError` for what has no counterpart: a method without an adapter or one that writes the base, a
     changed bias, a merged, wrapped or meta model; or where `rank` is needed and not given. The model is then as it
     was.
@@ -83,12 +87,19 @@ def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = Non
     refuse_meta(model, "convert an adapter", AdapterError)
     name = _chosen(state, name)
     _check(model, state, name, rank)
+    if uniform and (full := state.trained.names_of(name)):
+        raise AdapterError(
+            f"{listed(full)} trained in full beside the adapter, which a folder of one rank and one scale is not for:"
+            " merge the adapter instead (lrcompile.merge), or convert without uniform"
+        )
     spec, sites = state.specs[name], state.sites[name]
     olds = [adapter_set(model, site)[name] for site in sites]
     with torch.no_grad():
         pairs = [_pair(model, site, old, rank) for site, old in zip(sites, olds, strict=True)]
         if any(contributing(pair).any() for pair in pairs):  # else nothing is learned yet, and any rank may
             pairs = [pair.kept(contributing(pair)) for pair in pairs]
+        if uniform:
+            pairs = [pair.uniform(max(each.rank for each in pairs)) for pair in pairs]
         plain = plain_spec(model, spec, sites, pairs)
         news = [_adapter(plain, site, old, pair) for site, old, pair in zip(sites, olds, pairs, strict=True)]
     for site, new in zip(sites, news, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Pair:
         """Only the `ranks` (a mask `[r]`), and never none."""
         chosen = ranks.nonzero().flatten() if ranks.any() else ranks.new_zeros(1, dtype=torch.int64)
         return replace(self, A=self.A.index_select(-2, chosen), B=self.B.index_select(-1, chosen))
+
+    def uniform(self, rank: int) -> Pair:
+        """s = 1, the scale in B, and zeros up to `rank`."""
+        exact = self.B.double() * self.scale
+        B = exact.to(self.B.dtype)
+        size, more = float(exact.norm()), rank - self.rank
+        rounding = float((B.double() - exact).norm()) / size if size > 0 else 0.0
+        return Pair(pad(self.A, (0, 0, 0, more)), pad(B, (0, more)), 1.0, self.error + rounding)
 
 
 def contributing(pair: Pair) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -262,6 +266,76 @@ def test_an_embedding_and_a_stack_are_converted_too():
     lrcompile.to_lora(model)
     assert at(model, "maps").A.shape == (4, 6, 7)
     torch.testing.assert_close(model(ids), y, rtol=1e-12, atol=1e-12)
+
+
+def deltas(folder: Path, scaled_by: Callable[[dict[str, Any], int], float]) -> dict[str, Tensor]:
+    """Of each map, the update of a program that reads a folder of PEFT's with one scale for all of one rank."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
+    found = {}
+    for key in [key for key in tensors if "lora_A" in key]:
+        A, B = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
+        found[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = scaled_by(config, len(A)) * B @ A
+    return found
+
+
+def update(model: Any, name: str) -> Tensor:
+    """What the adapter adds to a map `[out, in]`."""
+    site, unit = model.get_submodule(name), torch.eye(model.get_submodule(name).in_features, dtype=torch.float64)
+    with torch.no_grad():
+        y = site(unit)
+        with lrcompile.disabled(model):
+            return (y - site(unit)).t()
+
+
+READERS: dict[str, Callable[[dict[str, Any], int], float]] = {
+    "vLLM": lambda config, rank: config["lora_alpha"] / config["r"],
+    "llama.cpp": lambda config, rank: config["lora_alpha"] / rank,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("method", [*LOW_RANK, *FULL_RANK])
+def test_a_uniform_folder_means_the_same_to_programs_that_know_one_rank_and_one_scale(
+    method: str, reader: str, tmp_path: Path
+):
+    model = applied(method)
+    expected = {name: update(model, name) for name in ("up", "down")}
+    done = lrcompile.to_lora(model, rank=None if method in LOW_RANK else 11, uniform=True)
+    lrcompile.save(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"))
+    assert len({site.rank for site in done.sites}) == 1
+    assert done.relative_error < 1e-12
+    found = deltas(tmp_path, READERS[reader])
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():  # here the scale is a float32
+        assert (found[name] - delta).norm() <= torch.finfo(torch.float32).eps * delta.norm()
+
+
+def test_without_uniform_such_programs_would_read_another_update(tmp_path: Path):
+    model = applied("rslora")
+    expected = {name: at(model, name).delta().detach() for name in ("up", "down")}
+    lrcompile.save(model, tmp_path)
+    found = deltas(tmp_path, READERS["vLLM"])
+    assert all((found[name] - expected[name]).norm() > 0.1 * expected[name].norm() for name in found)
+
+
+def test_a_uniform_scale_is_rounded_once_and_the_report_says_what_that_costs():
+    model = applied("lora", net(torch.float32), dtype="bfloat16")
+    before = {name: at(model, name).delta().detach() for name in ("up", "down")}
+    error = lrcompile.to_lora(model, uniform=True).relative_error
+    assert 0 < error <= torch.finfo(torch.bfloat16).eps / 2
+    for name, delta in before.items():
+        assert (at(model, name).delta() - delta).norm() <= 3 * error * delta.norm()
+
+
+def test_uniform_refuses_what_trained_in_full_and_leaves_the_model():
+    model = applied("lora", train_modules=["head"])
+    with pytest.raises(AdapterError, match=r"head\.weight.* trained in full"):
+        lrcompile.to_lora(model, uniform=True)
+    assert at(model, "up").rank == 3
 
 
 def test_training_weights_and_other_adapters_carry_over():
