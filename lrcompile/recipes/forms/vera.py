@@ -68,7 +68,8 @@ class VeraAdapter(LowRank):
         A = A[:, : self.in_features]
         if self.lambda_b.dim() > 1:
             A = A.expand(self.lambda_b.shape[0], -1, -1)
-        return A, self.lambda_b.unsqueeze(-1) * B[: self.out_features] * self.lambda_d.unsqueeze(-2)
+        both = self.lambda_b.unsqueeze(-1) * self.lambda_d.unsqueeze(-2)  # B trains not, so its factor is not kept
+        return A, both * B[: self.out_features]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A model's state has the pair once: safetensors, and so `save_pretrained`, takes no tensor twice."""
