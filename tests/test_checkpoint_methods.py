@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from zoo.sealing import resealed
 
 import lrcompile
 from lrcompile import AdapterError, SpecError
@@ -372,12 +373,14 @@ def test_a_tensor_that_trains_is_not_shared_with_one_that_does_not(tmp_path: Pat
 def edited(path: Path, **changes: Any) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in (data | changes).items() if value is not ...}))
+    resealed(path.parent)
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    resealed(folder)
 
 
 OWN = [name for name in ADDING if name not in PEFTS]
@@ -395,6 +398,7 @@ def test_every_tensor_must_be_there_in_its_shape_and_dtype(method: str, tmp_path
             (original | {f"{key}x": tensor.clone()}, "unknown keys"),
         ):
             save_file({k: v for k, v in changed.items() if v is not None}, folder / WEIGHTS)
+            resealed(folder)
             refused(folder, said)
 
 
@@ -413,6 +417,7 @@ def test_a_truth_value_that_is_none_is_refused(tmp_path: Path):
     start = 8 + int.from_bytes(data[:8], "little")
     offset = start + json.loads(data[8:start])[key]["data_offsets"][0]
     (folder / WEIGHTS).write_bytes(data[:offset] + b"\2" + data[offset + 1 :])
+    resealed(folder)
     refused(folder, f"{key} hold truth values")
 
 
@@ -441,9 +446,9 @@ def test_a_method_that_pefts_layout_cannot_hold_is_refused_there(tmp_path: Path)
     "method", ["shared", *(m for m in ("delta-lora", "vera", "adalora", "ia3", "dora") if m in METHODS)]
 )
 @settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]))
-def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(
-    method: str, tmp_path: Path, data: st.DataObject, name: str
+@given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]), hostile=st.booleans())
+def test_flipped_bits_are_a_typed_error_or_told_and_change_no_base(
+    method: str, tmp_path: Path, data: st.DataObject, name: str, hostile: bool
 ):
     folder = tmp_path / "a"
     if not folder.exists():
@@ -457,6 +462,8 @@ def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(
     flipped.mkdir(exist_ok=True)
     for each, bits in (files | {name: bytes(content)}).items():
         (flipped / each).write_bytes(bits)
+    if hostile:
+        resealed(flipped)
     model = linear()
     before = everything(model)
     try:
@@ -464,6 +471,8 @@ def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(
     except AdapterError:
         same(before, everything(model))
     else:
+        told = name == CONFIG and "was not used" in str(lrcompile.report(model))
+        assert hostile or told or bytes(content) == files[name]
         lrcompile.remove(model)
         same(before, everything(model))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from zoo.sealing import resealed
 
 import lrcompile
 from lrcompile import AdapterError
@@ -155,6 +156,7 @@ def test_flags_and_weights_must_agree(method: str, tmp_path: Path):
         (tensors | {weight: torch.full((13, 9), float("nan"))}, "NaN"),
     ):
         save_file(changed, folder / WEIGHTS)
+        resealed(folder)
         model = Model()
         with pytest.raises(AdapterError, match=said):
             lrcompile.load(model, folder)

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from zoo.sealing import resealed
 
 import lrcompile
 from lrcompile import AdapterError
@@ -139,11 +140,13 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    resealed(folder)
 
 
 def edited(path: Path, **changes: Any) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in (data | changes).items() if value is not ...}))
+    resealed(path.parent)
 
 
 # What was saved comes back
@@ -404,6 +407,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
 
 def with_header(path: Path, header: bytes, data: bytes, length: int | None = None) -> None:
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    resealed(path.parent)
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
@@ -415,6 +419,7 @@ def test_a_hostile_header_length_is_refused_before_anything_is_allocated(saved: 
 
 def test_a_header_that_is_too_large_is_refused(saved: Path):
     (saved / WEIGHTS).write_bytes(struct.pack("<Q", 32 << 20) + b" " * (32 << 20))
+    resealed(saved)
     refused(saved, "headers above")
 
 
@@ -485,14 +490,17 @@ def test_a_truncated_file_is_refused(saved: Path, cut: float):
     for name in (CONFIG, OURS):
         (with_it / name).write_bytes((saved / name).read_bytes())
     (with_it / WEIGHTS).write_bytes(data[: int(cut * len(data))])
+    resealed(with_it)
     refused(with_it, WEIGHTS)
 
 
 @settings(
     deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]))
-def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(saved: Path, data: st.DataObject, name: str):
+@given(data=st.data(), name=st.sampled_from([WEIGHTS, CONFIG, OURS]), hostile=st.booleans())
+def test_flipped_bits_are_a_typed_error_or_told_and_change_no_base(
+    saved: Path, data: st.DataObject, name: str, hostile: bool
+):
     folder = saved.parent / "flipped"
     folder.mkdir(exist_ok=True)
     files = {each: (saved / each).read_bytes() for each in (CONFIG, OURS, WEIGHTS)}
@@ -502,6 +510,8 @@ def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(saved: Path
         content[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 7))
     for each, bits in (files | {name: bytes(content)}).items():
         (folder / each).write_bytes(bits)
+    if hostile:
+        resealed(folder)
     model = Model()
     before = everything(model)
     try:
@@ -509,6 +519,8 @@ def test_flipped_bits_are_a_typed_error_or_change_nothing_but_values(saved: Path
     except AdapterError:
         same(before, everything(model))
     else:
+        told = name == CONFIG and "was not used" in str(lrcompile.report(model))
+        assert hostile or told or bytes(content) == files[name]
         lrcompile.remove(model)  # such as a flipped digit of alpha, or of a name nobody reads
         assert all(torch.equal(before["bits"][key], tensor) for key, tensor in model.state_dict().items())
 
@@ -712,3 +724,11 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one_never_a_mixture(tmp
         assert json.loads((folder / CONFIG).read_text())["lora_alpha"] == next(iter(found))
         assert json.loads((folder / OURS).read_text())["spec"]["alpha"] == next(iter(found))
         value = found.pop()
+
+
+def test_weights_that_are_not_those_written_are_refused_and_without_our_file_read_as_pefts(saved: Path):
+    tensors = {key: tensor * 2 for key, tensor in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
+    refused(saved, "their sha256 differ.*delete lrcompile.json")
+    (saved / OURS).unlink()
+    lrcompile.load(Model(), saved)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zoo.sealing import resealed
 
 import lrcompile
 from lrcompile.state import state_of
@@ -140,9 +141,11 @@ def test_a_magnitude_that_is_missing_misshapen_or_not_asked_for_is_refused(tmp_p
         (tensors | {key: torch.ones(7, dtype=torch.float64)}, "wrong shapes"),
     ):
         save_file(changed, weights)
+        resealed(weights.parent)
         with pytest.raises(lrcompile.AdapterError, match=f"{said}.*lora_magnitude_vector"):
             lrcompile.load(base(llama), tmp_path)
     save_file(tensors, weights)
+    resealed(weights.parent)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
     with pytest.raises(lrcompile.AdapterError, match=r"unknown keys.*lora_magnitude_vector"):

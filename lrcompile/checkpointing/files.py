@@ -74,18 +74,26 @@ class Checkpoint:
 def write(folder: Path, content: Content, spec: Spec, base: Mapping[str, Any]) -> None:
     """Write the files of one adapter into `folder`, which exists and is not looked at by anybody yet."""
     text = json.dumps(content.config, indent=2, sort_keys=True, allow_nan=False).encode()
+    weights = serialized(dict(content.tensors), metadata={"format": "pt"})
     ours = {
         "schema": _SCHEMA,
         "version": __version__,
         "config_sha256": _sha256(text),
+        "weights_sha256": _sha256(weights),
         "spec": spec.to_dict(),
         "base": base,
     }
     if content.aliases:
         ours["aliases"] = content.aliases
     (folder / CONFIG).write_bytes(text)
-    (folder / OURS).write_text(json.dumps(ours, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(serialized(dict(content.tensors), metadata={"format": "pt"}))
+    (folder / OURS).write_text(json.dumps(sealed(ours), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / WEIGHTS).write_bytes(weights)
+
+
+def sealed(ours: Mapping[str, Any]) -> dict[str, Any]:
+    """With the hash of all else in it."""
+    rest = {key: value for key, value in ours.items() if key != "sha256"}
+    return rest | {"sha256": _sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode())}
 
 
 @contextmanager
@@ -100,6 +108,7 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
     if (folder / OURS).exists():
         ours = _ours(folder / OURS)
         if ours["config_sha256"] == _sha256(text):
+            _require_unchanged(folder / WEIGHTS, ours["weights_sha256"])
             spec, base, aliases = _spec(ours["spec"], folder / OURS), ours["base"], ours.get("aliases", {})
         else:
             notes.append(
@@ -127,13 +136,15 @@ def _require_files(folder: Path) -> None:
 
 def _ours(path: Path) -> dict[str, Any]:
     data = _parsed(_read(path), path)
-    expected = {"schema", "version", "config_sha256", "spec", "base"}
+    expected = {"schema", "version", "config_sha256", "weights_sha256", "spec", "base", "sha256"}
     if type(data.get("schema")) is not int or data["schema"] != _SCHEMA:
         raise AdapterError(f"{path} has schema {data.get('schema')!r}; this version reads schema {_SCHEMA}")
     if odd := sorted((set(data) - {"aliases"}) ^ expected):
         raise AdapterError(
             f"{path} must hold exactly {', '.join(sorted(expected))}; missing or unknown: {', '.join(odd)}"
         )
+    if data != sealed(data):
+        raise AdapterError(f"{path} is damaged or was edited: it is not what its sha256 says; take it from a copy")
     base = data["base"]
     sites = base.get("sites") if isinstance(base, dict) else None
     if not (
@@ -148,6 +159,19 @@ def _ours(path: Path) -> dict[str, Any]:
     if not isinstance(aliases, dict) or not all(isinstance(first, str) for first in aliases.values()):
         raise AdapterError(f"{path}: 'aliases' must map names of tensors to names of tensors")
     return data
+
+
+def _require_unchanged(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if found != expected:
+        raise AdapterError(
+            f"{path} is damaged or was changed: it is not what was written together with {OURS} (their sha256 differ)."
+            f" Take it from a copy; if another program wrote it on purpose, delete {OURS}, and it is read as PEFT's"
+        )
 
 
 def _is_print(site: Any) -> bool:
