@@ -8,6 +8,7 @@ and dimensions carry generated names, so the model's own (`logits`, `batch`) are
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
 from lrcompile.int8.modules import plain_weights
-from lrcompile.verifying.outputs import named_outputs
+from lrcompile.verifying.outputs import dotted, named_outputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -31,6 +32,7 @@ class Captured:
     """A captured program and the names its inputs, outputs and varying dimensions go by outside."""
 
     program: torch.export.ExportedProgram
+    inputs: dict[str, str]  # name in the program -> name
     outputs: tuple[str, ...]
     dimensions: dict[str, str]  # symbol of the program -> name
     limits: dict[str, int]  # name -> largest size the model accepts, where it has one
@@ -70,7 +72,9 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         for symbol, interval in program.range_constraints.items()
         if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
     }
-    return Captured(program, _output_names(program), names, limits, (args, kwargs), shapes)
+    return Captured(
+        program, _input_names(program, bound), _output_names(program), names, limits, (args, kwargs), shapes
+    )
 
 
 def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -173,6 +177,23 @@ def deployable(model: nn.Module) -> Iterator[None]:
             held[key] = value
 
 
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A size that the program writes in symbols, as in `s22 + s70`, in names: `past + sequence`."""
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    return symbol.sub(lambda match: names[match.group()], text) if names else text
+
+
+def _input_names(program: torch.export.ExportedProgram, bound: dict[str, Any]) -> dict[str, str]:
+    """By their place in the arguments, `past_key_values.0.key`; those that are tensors."""
+    paths, _ = pytree.tree_flatten_with_path(bound)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return {
+        name: dotted(path)
+        for name, (path, _) in zip(program.graph_signature.user_inputs, paths, strict=True)
+        if isinstance(name, str) and isinstance(values.get(name), torch.Tensor)
+    }
+
+
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
     spec = program.call_spec.out_spec
@@ -197,7 +218,7 @@ def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: 
         if not isinstance(value, torch.Tensor):
             continue
         for axis, size in enumerate(value.shape):
-            if not isinstance(size, torch.SymInt) or str(size) in names:
+            if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol or str(size) in names:
                 continue
             own = getattr(spec.get(axis), "__name__", None)
             common = ("batch", "sequence")[axis] if axis in _axes(value) else None

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import VerificationError, require
 from lrcompile.interop.onnx_safety import check
-from lrcompile.verifying.outputs import Inputs
+from lrcompile.verifying.outputs import Inputs, named_tensors
 from lrcompile.verifying.provenance import Step, scope_values
 
 if TYPE_CHECKING:
@@ -126,9 +126,7 @@ def _feed(path: Path, session: Any, inputs: Inputs) -> dict[str, Any]:
     """Inputs by name where they have the graph's names, else the tensors in order."""
     names = [entry.name for entry in session.get_inputs()]
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    named = (
-        {key: value for key, value in inputs.items() if isinstance(value, Tensor)} if isinstance(inputs, dict) else {}
-    )
+    named = named_tensors(inputs) if isinstance(inputs, dict) else {}
     if named and len(named) == len(leaves) and set(named) == set(names):
         given = named
     elif len(leaves) == len(names) and not set(named) & set(names):

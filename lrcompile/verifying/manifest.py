@@ -22,6 +22,8 @@ class Artefact:
     limits: Limits | None = None
     session: dict[str, Any] = field(default_factory=dict)
     stale: tuple[str, ...] = ()
+    generation: dict[str, Any] | None = None
+    """Of a decoder with a cache: what generating with it takes to know."""
 
 
 def artefact(candidate: Any) -> Artefact:
@@ -37,7 +39,10 @@ def artefact(candidate: Any) -> Artefact:
     if not isinstance(session, dict) or not isinstance(hashes, dict):
         raise VerificationError(f"{manifest}: session and sha256 must be objects")
     limits = Limits.from_dict(data["limits"]) if "limits" in data else None
-    return Artefact(limits, session, tuple(_stale(manifest, hashes)))
+    generation = data.get("generation")
+    if not isinstance(generation, dict | None):
+        raise VerificationError(f"{manifest}: generation must be an object")
+    return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation)
 
 
 def _stale(manifest: Path, hashes: dict[str, Any]) -> list[str]:
