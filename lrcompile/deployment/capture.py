@@ -196,15 +196,19 @@ def _input_names(program: torch.export.ExportedProgram, bound: dict[str, Any]) -
 
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
-    spec = program.call_spec.out_spec
+    names = leaf_names(program.call_spec.out_spec)
+    kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
+    return tuple(name for name, kind in zip(names, kinds, strict=True) if not isinstance(kind, ConstantArgument))
+
+
+def leaf_names(spec: pytree.TreeSpec) -> list[str]:
+    """The name of each leaf of a structure of outputs."""
     try:
         named = named_outputs(pytree.tree_unflatten([torch.tensor(index) for index in range(spec.num_leaves)], spec))
     except VerificationError as error:
         raise ExportError(f"{error}; return tensors, or tuples, dicts or ModelOutputs of tensors") from error
     names = {int(index): name for name, index in named.items()}
-    kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
-    kept = [names[index] for index, kind in enumerate(kinds) if not isinstance(kind, ConstantArgument)]
-    return tuple(f"output.{name}" if name[0].isdigit() else name for name in kept)
+    return [names[index] for index in range(spec.num_leaves)]
 
 
 def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: dict[str, Any]) -> dict[str, str]:

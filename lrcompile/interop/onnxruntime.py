@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from lrcompile.verifying.provenance import Step, scope_values
 
 if TYPE_CHECKING:
     import onnx
+
+    from lrcompile.verifying.runners import Layers
 
 _LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -45,6 +47,19 @@ class OnnxRunner:
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
         return {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+
+    def steps(self, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
+        """See `onnx_steps.steps`."""
+        from lrcompile.interop.onnx_steps import steps
+
+        with _typed(self._path):
+            step = steps(self._session, empty)
+
+        def typed(given: dict[str, Tensor]) -> Tensor:
+            with _typed(self._path):
+                return step(given)
+
+        return typed
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         return self._run(self._session, [output.name for output in self._model.graph.output], inputs)

@@ -16,6 +16,15 @@ from lrcompile.verifying.verdict import Limits
 
 
 @dataclass(frozen=True)
+class Port:
+    """An input of the file; sizes that vary have names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
 class Artefact:
     """What the manifest says; `stale` has a sentence for each file that is no longer the one it describes."""
 
@@ -24,6 +33,7 @@ class Artefact:
     stale: tuple[str, ...] = ()
     generation: dict[str, Any] | None = None
     """Of a decoder with a cache: what generating with it takes to know."""
+    inputs: tuple[Port, ...] = ()
 
 
 def artefact(candidate: Any) -> Artefact:
@@ -42,7 +52,18 @@ def artefact(candidate: Any) -> Artefact:
     generation = data.get("generation")
     if not isinstance(generation, dict | None):
         raise VerificationError(f"{manifest}: generation must be an object")
-    return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation)
+    inputs = tuple(_port(manifest, entry) for entry in data.get("inputs", ()))
+    return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation, inputs)
+
+
+def _port(manifest: Path, entry: Any) -> Port:
+    try:
+        port = Port(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
+    except (TypeError, KeyError) as error:
+        raise VerificationError(f"{manifest}: an input is not a name, a dtype and a shape") from error
+    if not all(isinstance(size, str) or (type(size) is int and 0 <= size < 2**31) for size in port.shape):
+        raise VerificationError(f"{manifest}: input {port.name!r} has the shape {list(port.shape)}")
+    return port
 
 
 def _stale(manifest: Path, hashes: dict[str, Any]) -> list[str]:
