@@ -113,9 +113,9 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) ->
         return capture(model, inputs, shapes), None
     if shapes is not None:
         raise ExportError("use_cache=True: batch, sequence and past vary in a decoder; leave dynamic_shapes out")
-    decoding.refuse_cacheless(model)
+    prompt = decoding.prompt_of(model, inputs)
     with deployable(model):
-        given, varying = decoding.example(model, decoding.prompt_of(model, inputs))
+        given, varying = decoding.example(model, prompt)
     with decoding.decoding(model):
         return capture(model, given, varying), decoding.described(model, given)
 

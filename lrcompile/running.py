@@ -106,7 +106,7 @@ class Session:
                 " export(model, path, inputs, use_cache=True), its manifest beside it"
             )
         ids = _tensors(input_ids)
-        mask = torch.ones_like(ids) if attention_mask is None else _tensors(attention_mask).to(torch.long)
+        mask = torch.ones_like(ids) if attention_mask is None else _tensors(attention_mask)
         if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point() or mask.shape != ids.shape:
             raise VerificationError(
                 f"input_ids are {ids.dtype} {list(ids.shape)} with a mask {list(mask.shape)}: integers"
@@ -123,7 +123,7 @@ class Session:
             raise VerificationError(
                 f"{ids.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {room}"
             )
-        return ids.to(torch.long), mask
+        return ids.long(), mask.long()
 
     def _number(self, name: str) -> int | None:
         value = (self.generation or {}).get(name)

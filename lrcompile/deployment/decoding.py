@@ -82,18 +82,19 @@ def refuse_cacheless(model: nn.Module) -> None:
 
 def prompt_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and, where the model takes them, `position_ids` of a prompt given in any of the
-    forms `model` takes. Raises ExportError for anything beside them.
+    forms `model` takes. Raises ExportError for anything beside them, and as `refuse_cacheless`.
     """
+    refuse_cacheless(model)
     signature = inspect.signature(model.forward)
-    given = dict(inputs) if isinstance(inputs, Mapping) else dict(signature.bind(*inputs).arguments)
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(signature.parameters, inputs, strict=False))
     given = {name: value for name, value in given.items() if value is not None and name != "use_cache"}
     if not isinstance(given.get("input_ids"), Tensor) or given["input_ids"].dim() != 2 or set(given) - set(_OWN):
         raise ExportError(
             f"use_cache=True takes example inputs of {', '.join(_OWN)}, of which only input_ids [batch, sequence] must"
             f" be there; given were {', '.join(given) or 'none'}"
         )
-    ids = given["input_ids"]
-    mask = given.get("attention_mask", torch.ones_like(ids))
+    ids = given["input_ids"].long()
+    mask = given.get("attention_mask", torch.ones_like(ids)).long()
     if mask.shape != ids.shape:
         raise ExportError(f"attention_mask is {list(mask.shape)} beside input_ids {list(ids.shape)}: one size is due")
     prompt = {"input_ids": ids, "attention_mask": mask}
@@ -159,14 +160,10 @@ def _after_one_token(model: nn.Module, prompt: Mapping[str, Tensor]) -> list[dic
 
 def described(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a runner must know beside the graph; `inputs` are those of `Decoder`."""
-    config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    tokens = getattr(model, "generation_config", None) or text  # what `generate` itself goes by
     _, heads, _, head_size = inputs[PAST][0]["key"].shape
-
-    def of(name: str) -> Any:
-        value = getattr(generation, name, None)
-        return getattr(text, name, None) if value is None else value
-
     return {
         "model_type": getattr(text, "model_type", None),
         "layers": len(inputs[PAST]),
@@ -176,7 +173,7 @@ def described(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": getattr(text, "hidden_size", None),
         "vocab_size": getattr(text, "vocab_size", None),
         "context_length": getattr(text, "max_position_embeddings", None),
-        **{name: of(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: getattr(tokens, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
 
 

@@ -49,10 +49,10 @@ def artefact(candidate: Any) -> Artefact:
     if not isinstance(session, dict) or not isinstance(hashes, dict):
         raise VerificationError(f"{manifest}: session and sha256 must be objects")
     limits = Limits.from_dict(data["limits"]) if "limits" in data else None
-    generation = data.get("generation")
-    if not isinstance(generation, dict | None):
-        raise VerificationError(f"{manifest}: generation must be an object")
-    inputs = tuple(_port(manifest, entry) for entry in data.get("inputs", ()))
+    generation, inputs = data.get("generation"), data.get("inputs", [])
+    if not isinstance(generation, dict | None) or not isinstance(inputs, list):
+        raise VerificationError(f"{manifest}: generation must be an object and inputs a list")
+    inputs = tuple(_port(manifest, entry) for entry in inputs)
     return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation, inputs)
 
 
