@@ -51,6 +51,14 @@ class Export:
         with deployable(model):
             return lrcompile.verify(model, self.path, inputs)
 
+    def for_genai(self, tokenizer: Any = None) -> Path:
+        """Write `genai_config.json`, and the files of a `transformers` tokenizer, beside a decoder exported with
+        `use_cache=True`: the folder is then one that `onnxruntime_genai.Model` loads. Returns the config's path.
+        """
+        from lrcompile.interop.genai import write
+
+        return write(self.path, self.manifest, tokenizer)
+
 
 def export(
     model: nn.Module,
