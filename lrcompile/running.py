@@ -48,6 +48,11 @@ class Session:
         return f"{type(self).__name__}({str(self.path)!r}, generates={self.generation is not None})"
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names its manifest gives."""
+        return tuple(self._inputs)
+
+    @property
     def settings(self) -> dict[str, Any]:
         return self._runner.session
 

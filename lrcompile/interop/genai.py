@@ -13,8 +13,20 @@ from lrcompile.errors import ExportError
 from lrcompile.writing import atomic_file
 
 NAME = "genai_config.json"
-# The names under which the library runs a decoder as it is; what it does not know differs from these in the graph only.
-_TYPES = ("chatglm", "gemma", "gemma2", "granite", "internlm2", "llama", "mistral", "nemotron", "olmo", "qwen2", "qwen3")
+# The names the library runs plain decoders under; what it has no name for differs in the graph only.
+_TYPES = (
+    "chatglm",
+    "gemma",
+    "gemma2",
+    "granite",
+    "internlm2",
+    "llama",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "qwen2",
+    "qwen3",
+)
 _DEFAULT_TYPE = "llama"
 
 
@@ -52,7 +64,9 @@ def config(filename: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     first = ends[0] if isinstance(ends, list) else ends
     if first is None:
         raise ExportError(f"{NAME} needs an end token: set model.generation_config.eos_token_id and export again")
-    own = [name for name in ("input_ids", "attention_mask", POSITIONS) if name in {p["name"] for p in manifest["inputs"]}]
+    own = [
+        name for name in ("input_ids", "attention_mask", POSITIONS) if name in {p["name"] for p in manifest["inputs"]}
+    ]
     halves = {half: f"%d.{half}" for half in ("key", "value")}
     length = generation["context_length"] or 2048
     return {
