@@ -21,6 +21,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.hosting import original_class
 from lrcompile.int8.modules import plain_weights
 from lrcompile.verifying.outputs import dotted, named_outputs
 
@@ -62,7 +63,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise ExportError(
-                f"{type(model).__name__} could not be captured by torch.export: {error}\n"
+                f"{original_class(model).__name__} could not be captured by torch.export: {error}\n"
                 "If the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
                 "dimensions that may, in torch.export's form"
             ) from error

@@ -65,9 +65,8 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 def refuse_cacheless(model: nn.Module) -> None:
     """ExportError unless `model` is a `transformers` decoder that returns logits and takes a key-value cache."""
-    config, taken = getattr(model, "config", None), inspect.signature(model.forward).parameters
-    name = type(model).__name__
-    if config is None or not {"input_ids", "attention_mask", PAST, "use_cache"} <= set(taken):
+    config, name = getattr(model, "config", None), type(model).__name__
+    if config is None or not {"input_ids", "attention_mask", PAST} <= set(_parameters(model)):
         raise ExportError(
             f"use_cache=True: {name}.forward takes no {PAST}; it is for causal language models of transformers"
         )
@@ -85,8 +84,8 @@ def prompt_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     forms `model` takes. Raises ExportError for anything beside them, and as `refuse_cacheless`.
     """
     refuse_cacheless(model)
-    signature = inspect.signature(model.forward)
-    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(signature.parameters, inputs, strict=False))
+    taken = _parameters(model)
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(taken, inputs, strict=False))
     given = {name: value for name, value in given.items() if value is not None and name != "use_cache"}
     if not isinstance(given.get("input_ids"), Tensor) or given["input_ids"].dim() != 2 or set(given) - set(_OWN):
         raise ExportError(
@@ -98,9 +97,18 @@ def prompt_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     if mask.shape != ids.shape:
         raise ExportError(f"attention_mask is {list(mask.shape)} beside input_ids {list(ids.shape)}: one size is due")
     prompt = {"input_ids": ids, "attention_mask": mask}
-    if POSITIONS in signature.parameters:
+    if POSITIONS in taken:
         prompt[POSITIONS] = given.get(POSITIONS, positions(mask))
     return prompt
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """The names of what `forward` takes; one that only hands `**kwargs` on takes what the one above it does."""
+    for cls in type(model).__mro__:
+        names = list(inspect.signature(cls.__dict__["forward"]).parameters)[1:] if "forward" in cls.__dict__ else []
+        if PAST in names:
+            return names
+    return []
 
 
 def positions(mask: Tensor) -> Tensor:
