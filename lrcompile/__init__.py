@@ -34,6 +34,8 @@ _HOME = {
     "load": "checkpoints",
     "export": "exporting",
     "Export": "exporting",
+    "run": "running",
+    "Session": "running",
     "verify": "verification",
     "Verdict": "verification",
     "Limits": "verification",
@@ -97,6 +99,8 @@ if TYPE_CHECKING:
     from lrcompile.recipes import methods as methods
     from lrcompile.reporting import Report as Report
     from lrcompile.reporting import report as report
+    from lrcompile.running import Session as Session
+    from lrcompile.running import run as run
     from lrcompile.specs import Spec as Spec
     from lrcompile.specs import spec as spec
     from lrcompile.stepping import compile_step as compile_step

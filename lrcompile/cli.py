@@ -83,11 +83,21 @@ def _line(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     _training_options(demo)
     run = _add(
-        commands, "run", "demo.commands:run", "Run the whole line as a pipeline file says.",
-        "  lrcompile run examples/docstrings.yaml --out results",
+        commands, "run", "run_commands:run",
+        "Run the whole line as a pipeline file says; or run an exported model.\n\n"
+        "An export with a cache (export --use-cache) continues texts, or the prompts input_ids of a file, greedily;\n"
+        "any other prints its outputs.",
+        "  lrcompile run examples/docstrings.yaml --out results\n"
+        "  lrcompile run chat/model.onnx --text 'Once upon a time' --max-new-tokens 100\n"
+        "  lrcompile run model.onnx --inputs batch.safetensors --out outputs.safetensors",
     )  # fmt: skip
-    run.add_argument("pipeline", metavar="FILE.yaml", help="keys: model, data, spec, train, export, verify, out")
-    run.add_argument("--out", metavar="DIR", help="instead of the file's")
+    run.add_argument("file", metavar="FILE", help="a pipeline .yaml (keys: model, data, spec, train, export, verify,"
+                     " out), or an exported .onnx or .pt2")  # fmt: skip
+    run.add_argument("--out", metavar="PATH", help="a pipeline's folder instead of the file's; or a .safetensors file"
+                     " for an export's outputs")  # fmt: skip
+    _input_options(run)
+    run.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer (default: the one beside FILE)")
+    run.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to continue by (default 64)")
     train = _add(
         commands, "train", "demo.commands:train",
         "Train an adapter for text classification; writes DIR/adapter and DIR/base, the model it belongs to.",
@@ -175,7 +185,8 @@ def _export(commands: argparse._SubParsersAction) -> None:
         commands, "export", "commands:export",
         "Write a model, with or without an adapter, as one deployable file; verify it with the printed command.",
         "  lrcompile export merged model.onnx --text 'an example sentence'\n"
-        "  lrcompile export base model.onnx --adapter adapter --adapters inline --quantize nf4",
+        "  lrcompile export base model.onnx --adapter adapter --adapters inline --quantize nf4\n"
+        "  lrcompile export chat-model chat/model.onnx --adapter adapter --use-cache --genai",
     )  # fmt: skip
     export.add_argument("model", metavar="MODEL", help=_MODEL)
     export.add_argument("file", metavar="FILE", help="ends in .onnx (ONNX Runtime) or .pt2 (AOTInductor)")
@@ -185,6 +196,10 @@ def _export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--quantize", choices=("nf4",), help="store the linear maps of the written copy so")
     export.add_argument("--into", choices=("float32", "bfloat16", "float16"), help="what a merge makes of NF4 weights")
     export.add_argument("--opset", type=int)
+    export.add_argument("--use-cache", action="store_true",
+                        help="a decoder with its key-value cache in and out (lrcompile run)")  # fmt: skip
+    export.add_argument("--genai", action="store_true",
+                        help="also write genai_config.json and the tokenizer, for onnxruntime-genai")  # fmt: skip
     _input_options(export)
 
 

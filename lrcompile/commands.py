@@ -62,6 +62,8 @@ def quantize(given: Namespace) -> int:
 
 def export(given: Namespace) -> int:
     quiet()
+    if given.genai and not given.use_cache:
+        raise LrcompileError("--genai is for a decoder with a cache: give --use-cache too")
     opened = _adapted(given.model, given.adapter)
     done = lrcompile.export(
         opened.model,
@@ -71,8 +73,11 @@ def export(given: Namespace) -> int:
         into=given.into,
         quantize=given.quantize,
         opset=given.opset,
+        use_cache=given.use_cache,
     )
     print(f"wrote {done.path}")
+    if given.genai:
+        print(f"wrote {done.for_genai(opened.tokenizer() if opened.has_tokenizer() else None)}")
     if not given.quantize:
         adapter = f" --adapter {given.adapter}" if given.adapter else ""
         print(f"prove it: lrcompile verify {given.model} {done.path}{adapter}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lrcompile.deployment import decoding
 from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
 from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
@@ -47,8 +48,16 @@ class Export:
         model = self._model
         if self.manifest["quantize"]:
             model = requantized(model, self.manifest["nf4"], self.manifest["adapters"]["form"] == "merge")
-        with deployable(model):  # what was captured is the model without a cache
+        with deployable(model):
             return lrcompile.verify(model, self.path, inputs)
+
+    def for_genai(self, tokenizer: Any = None) -> Path:
+        """Write `genai_config.json`, and the files of a `transformers` tokenizer, beside a decoder exported with
+        `use_cache=True`: the folder is then one that `onnxruntime_genai.Model` loads. Returns the config's path.
+        """
+        from lrcompile.interop.genai import write
+
+        return write(self.path, self.manifest, tokenizer)
 
 
 def export(
@@ -61,6 +70,7 @@ def export(
     into: str | None = None,
     quantize: str | None = None,
     opset: int | None = None,
+    use_cache: bool = False,
 ) -> Export:
     """Write y = model(example_inputs) as `path`: `.onnx` for ONNX Runtime, `.pt2` as an AOTInductor package.
 
@@ -70,6 +80,11 @@ def export(
     while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
     one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
     linear maps of the exported copy as NF4. `opset`: 18 to 25.
+
+    `use_cache=True`, for causal language models of `transformers`: one graph for the prompt and for each token after
+    it. Beside `input_ids`, `attention_mask [batch, past + sequence]` and `position_ids` (where the model takes them)
+    it takes `past_key_values.{i}.key` and `.value [batch, heads, past, head size]`, and returns `logits` and
+    `present.{i}.key` and `.value`; the past is empty for the prompt. `lrcompile.run` generates with it.
 
     The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
     appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
@@ -92,12 +107,25 @@ def export(
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
     with _status(f"capturing {type(model).__name__}"):
-        captured = capture(model, example_inputs, dynamic_shapes)
+        captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
         deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")
-    manifest = _manifest(path, model, plan, captured, deployed)
+    manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     write(path, captured, deployed, manifest, opset)
     return Export(path, manifest, model, example_inputs)
+
+
+def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) -> tuple[Captured, dict[str, Any] | None]:
+    """With a cache also what the manifest says about generating."""
+    if not use_cache:
+        return capture(model, inputs, shapes), None
+    if shapes is not None:
+        raise ExportError("use_cache=True: batch, sequence and past vary in a decoder; leave dynamic_shapes out")
+    prompt = decoding.prompt_of(model, inputs)
+    with deployable(model):
+        given, varying = decoding.example(model, prompt)
+    with decoding.decoding(model):
+        return capture(model, given, varying), decoding.described(model, given)
 
 
 def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, deployed: Deployed) -> dict[str, Any]:
@@ -105,7 +133,7 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "schema": SCHEMA,
         "format": path.suffix[1:],
         "versions": versions(),
-        **ports(captured.program, captured.outputs, captured.dimensions),
+        **ports(captured),
         "dimensions": {name: captured.limits.get(name) for name in dict.fromkeys(captured.dimensions.values())},
         "pipeline": deployed.pipeline,
         "adapters": deployed.adapters,

@@ -10,17 +10,17 @@ order); each rung's error is measured against float64, and what it adds against 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.errors import VerificationError
+from lrcompile.errors import ExportError, VerificationError
 from lrcompile.verifying.comparing import Expected
 from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.ladder import Ladder
-from lrcompile.verifying.manifest import artefact
+from lrcompile.verifying.manifest import Artefact, artefact
 from lrcompile.verifying.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
 from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
 from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating, runner
@@ -51,6 +51,9 @@ def verify(
     `outputs` restricts the comparison to these names. `locate` looks for the first diverging place: None does when the
     verdict fails. `limits` default to those in the manifest beside an artefact, else `Limits()`.
 
+    An export with a cache is compared on the prompt (`inputs`, an empty past) and on the token after it, logits and
+    cache.
+
     A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`.
     """
     if not isinstance(reference, nn.Module):
@@ -67,7 +70,45 @@ def verify(
     if not isinstance(candidate, Mapping):
         runners = {one.label: one for one in runners.values()}
     limits = limits or next((entry.limits for entry in reversed(manifests.values()) if entry.limits), Limits())
+    with _as_decoders(manifests, reference, base, sets) as sets:
+        return _climbed(reference, runners, sets, manifests, limits, base, outputs, locate)
 
+
+@contextmanager
+def _as_decoders(
+    manifests: Mapping[str, Artefact], reference: nn.Module, base: nn.Module | None, sets: list[Inputs]
+) -> Iterator[list[Inputs]]:
+    """Where a candidate takes and returns its cache, the reference does too, and each prompt is followed by a token."""
+    if not any(entry.generation for entry in manifests.values()):
+        yield sets
+        return
+    from lrcompile.deployment.decoding import PAST, decoding, prompt_of, steps
+
+    with ExitStack() as stack:
+        try:
+            sets = [
+                step
+                for given in sets
+                for step in ([given] if PAST in given else steps(reference, prompt_of(reference, given)))
+            ]
+            for each in (reference, base):
+                if each is not None:
+                    stack.enter_context(decoding(each))
+        except ExportError as error:
+            raise VerificationError(f"the file has a key-value cache, the reference must take one: {error}") from error
+        yield sets
+
+
+def _climbed(
+    reference: nn.Module,
+    runners: dict[str, Runner],
+    sets: list[Inputs],
+    manifests: Mapping[str, Artefact],
+    limits: Limits,
+    base: nn.Module | None,
+    outputs: Sequence[str] | None,
+    locate: bool | None,
+) -> Verdict:
     own = [selected(one, outputs, "the reference") for one in map(ModuleRunner(reference).run, sets)]
     results = {
         name: [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]

@@ -24,6 +24,7 @@ from lrcompile.passes.folding import (
     require_same_input,
 )
 from lrcompile.passes.nodes import EXPERTS, LOOKUP, LORA
+from lrcompile.passes.routed import product_of_experts
 from lrcompile.passes.tensors import Tensors
 
 
@@ -31,7 +32,8 @@ from lrcompile.passes.tensors import Tensors
 class MergeLora(Pass[Program]):
     """xWᵀ + s·(xAᵀ)Bᵀ = x(W + s·BA)ᵀ: one product instead of three, at a rounding of W to its dtype.
 
-    Takes every adapter whose base is a product with, or lookup in, one weight. Refuses where folding would change what
+    Takes every adapter whose base is a product with, or lookup in, one weight; in a mixture W, A and B are stacks, and
+    the product is that of each row with its expert's. Refuses where folding would change what
     the model computes: a base output used elsewhere too, a computed weight, another input. A weight that has other
     uses, not adapted or adapted differently, gets its own copy.
     """
@@ -66,12 +68,14 @@ def product(A: Tensor, B: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _match(node: fx.Node, tensors: Tensors, program: Program) -> Fold | None:
     if node.target not in (LORA, LOOKUP, EXPERTS):
         return None
-    if node.target is EXPERTS:
-        raise NotFoldable("its base is a stack of experts, each row's weight chosen by its router")
     y, x, *factors = node.args[:5]
-    if node.target is LORA and len(node.args) > 5 and node.args[5]:
+    dropout = {LORA: 5, EXPERTS: 6}.get(node.target, len(node.args))  # type: ignore[call-overload]
+    if len(node.args) > dropout and node.args[dropout]:
         raise NotFoldable("its dropout is active")
-    base = product_below(y, tensors, lookup=node.target is LOOKUP)
+    if node.target is EXPERTS:
+        base = product_of_experts(y, node.args[5], tensors)
+    else:
+        base = product_below(y, tensors, lookup=node.target is LOOKUP)
     require_same_input(base, x)
     A, B, scale = held_values(tensors, factors)
     expected = torch.Size((*B.shape[:-1], A.shape[-1]))

@@ -269,17 +269,22 @@ def test_transformers_models_export_with_their_names_and_any_batch_and_length(tm
 
 
 @pytest.mark.slow
-def test_adapters_of_experts_stay_beside_the_stack_and_are_named(tmp_path):
+@pytest.mark.parametrize("form", ["merge", "inline"])
+def test_adapters_of_experts_are_folded_into_the_stack_or_stay_beside_it(tmp_path, form):
     config = transformers.MixtralConfig(
         vocab_size=99, num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = _adapted(transformers.MixtralForCausalLM(config), targets=["gate_up_proj", "down_proj", "q_proj"])
-    exported = lrcompile.export(model, tmp_path / "m.onnx", {"input_ids": _batch(2, 7)["input_ids"]})
-    experts = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    assert list(exported.manifest["adapters"]["inline"]) == experts
-    assert exported.manifest["adapters"]["folded"] == ["model.layers.0.self_attn.q_proj"]
-    assert exported.verify().ok
+    ids = {"input_ids": _batch(2, 7)["input_ids"]}
+    exported = lrcompile.export(model, tmp_path / "m.onnx", ids, adapters=form)
+    sites = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    sites.add("model.layers.0.self_attn.q_proj")
+    kept, folded = (set(exported.manifest["adapters"][name]) for name in ("inline", "folded"))
+    assert (folded, kept) == ((sites, set()) if form == "merge" else (set(), sites))
+    verdict = exported.verify(_batch(3, 9))
+    assert verdict.ok, verdict
+    assert verdict.adapter_relative_error < 1e-5
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def demo(given: Namespace) -> int:
 
 
 def run(given: Namespace) -> int:
-    pipeline = Pipeline.load(given.pipeline)
+    pipeline = Pipeline.load(given.file)
     return _run(replace(pipeline, out=given.out) if given.out else pipeline)
 
 

@@ -8,6 +8,7 @@ and dimensions carry generated names, so the model's own (`logits`, `batch`) are
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.hosting import original_class
 from lrcompile.int8.modules import plain_weights
-from lrcompile.verifying.outputs import named_outputs
+from lrcompile.verifying.outputs import dotted, named_outputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -31,6 +33,7 @@ class Captured:
     """A captured program and the names its inputs, outputs and varying dimensions go by outside."""
 
     program: torch.export.ExportedProgram
+    inputs: dict[str, str]  # name in the program -> name
     outputs: tuple[str, ...]
     dimensions: dict[str, str]  # symbol of the program -> name
     limits: dict[str, int]  # name -> largest size the model accepts, where it has one
@@ -60,7 +63,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise ExportError(
-                f"{type(model).__name__} could not be captured by torch.export: {error}\n"
+                f"{original_class(model).__name__} could not be captured by torch.export: {error}\n"
                 "If the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
                 "dimensions that may, in torch.export's form"
             ) from error
@@ -70,7 +73,9 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         for symbol, interval in program.range_constraints.items()
         if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
     }
-    return Captured(program, _output_names(program), names, limits, (args, kwargs), shapes)
+    return Captured(
+        program, _input_names(program, bound), _output_names(program), names, limits, (args, kwargs), shapes
+    )
 
 
 def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -173,17 +178,38 @@ def deployable(model: nn.Module) -> Iterator[None]:
             held[key] = value
 
 
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A size that the program writes in symbols, as in `s22 + s70`, in names: `past + sequence`."""
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    return symbol.sub(lambda match: names[match.group()], text) if names else text
+
+
+def _input_names(program: torch.export.ExportedProgram, bound: dict[str, Any]) -> dict[str, str]:
+    """By their place in the arguments, `past_key_values.0.key`; those that are tensors."""
+    paths, _ = pytree.tree_flatten_with_path(bound)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return {
+        name: dotted(path)
+        for name, (path, _) in zip(program.graph_signature.user_inputs, paths, strict=True)
+        if isinstance(name, str) and isinstance(values.get(name), torch.Tensor)
+    }
+
+
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
-    spec = program.call_spec.out_spec
+    names = leaf_names(program.call_spec.out_spec)
+    kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
+    return tuple(name for name, kind in zip(names, kinds, strict=True) if not isinstance(kind, ConstantArgument))
+
+
+def leaf_names(spec: pytree.TreeSpec) -> list[str]:
+    """The name of each leaf of a structure of outputs."""
     try:
         named = named_outputs(pytree.tree_unflatten([torch.tensor(index) for index in range(spec.num_leaves)], spec))
     except VerificationError as error:
         raise ExportError(f"{error}; return tensors, or tuples, dicts or ModelOutputs of tensors") from error
     names = {int(index): name for name, index in named.items()}
-    kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
-    kept = [names[index] for index, kind in enumerate(kinds) if not isinstance(kind, ConstantArgument)]
-    return tuple(f"output.{name}" if name[0].isdigit() else name for name in kept)
+    return [names[index] for index in range(spec.num_leaves)]
 
 
 def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +223,7 @@ def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: 
         if not isinstance(value, torch.Tensor):
             continue
         for axis, size in enumerate(value.shape):
-            if not isinstance(size, torch.SymInt) or str(size) in names:
+            if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol or str(size) in names:
                 continue
             own = getattr(spec.get(axis), "__name__", None)
             common = ("batch", "sequence")[axis] if axis in _axes(value) else None

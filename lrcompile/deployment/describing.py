@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.deployment.capture import Captured, renamed
 from lrcompile.verifying.replay import unit_roundoff
 from lrcompile.verifying.verdict import Limits
 
@@ -55,28 +56,23 @@ def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dic
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
     reason = _REASON + (_REASON_NF4 if has_nf4 else "")
     if wider > 1:
-        reason += (
-            f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
-        )
+        reason += f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
     return {"limits": Limits(bound_ratio=_BOUND * wider).to_dict(), "limits_reason": reason}
 
 
-def ports(program: torch.export.ExportedProgram, names: Iterable[str], dimensions: Mapping[str, str]) -> dict[str, Any]:
+def ports(captured: Captured) -> dict[str, Any]:
     """Name, dtype and shape of each tensor that goes in and comes out; varying sizes by name."""
+    program = captured.program
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
 
     def port(name: str, value: Any) -> dict[str, Any]:
-        shape = [size if isinstance(size, int) else dimensions.get(str(size), str(size)) for size in value.shape]
+        shape = [size if isinstance(size, int) else renamed(str(size), captured.dimensions) for size in value.shape]
         return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
 
-    signature = program.graph_signature
-    given = [
-        name for name in signature.user_inputs if isinstance(name, str) and isinstance(values.get(name), torch.Tensor)
-    ]
-    returned = [values[name] for name in signature.user_outputs if isinstance(name, str)]
+    returned = [values[name] for name in program.graph_signature.user_outputs if isinstance(name, str)]
     return {
-        "inputs": [port(name, values[name]) for name in given],
-        "outputs": [port(name, value) for name, value in zip(names, returned, strict=True)],
+        "inputs": [port(name, values[inside]) for inside, name in captured.inputs.items()],
+        "outputs": [port(name, value) for name, value in zip(captured.outputs, returned, strict=True)],
     }
 
 

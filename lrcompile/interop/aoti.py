@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils import _pytree as pytree
 
+from lrcompile.deployment.capture import leaf_names
 from lrcompile.errors import ExportError
 from lrcompile.passes.base import Program
 from lrcompile.verifying.manifest import sha256
@@ -25,10 +28,26 @@ def write(program: Program, path: Path, describe: Callable[[dict[str, str]], byt
         atomic_file(path, error=ExportError) as temporary,
     ):
         try:
-            lowered = program.exported.run_decompositions()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+                lowered = program.exported.run_decompositions()
+            _return_plain(lowered)
             torch._inductor.aoti_compile_and_package(lowered, package_path=os.fspath(temporary))
         except RuntimeError as error:
             raise ExportError(
                 f"Inductor could not compile {path.name}: {error}\n.onnx is the other supported format"
             ) from error
         described.write_bytes(describe({path.name: sha256(temporary)}))
+
+
+def _return_plain(lowered: torch.export.ExportedProgram) -> None:
+    """A package hands its outputs over in classes that whoever loads it must have imported (`transformers`'
+    ModelOutputs); a plain dict by name instead needs nothing but torch.
+    """
+    signature = lowered.module_call_graph[0].signature
+    if signature is not None and not _is_plain(signature.out_spec):
+        signature.out_spec = pytree.tree_structure(dict.fromkeys(leaf_names(signature.out_spec), 0))
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    return spec.is_leaf() or (spec.type in (dict, list, tuple) and all(map(_is_plain, spec.children())))

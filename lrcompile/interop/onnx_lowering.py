@@ -8,7 +8,6 @@ know.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from lrcompile.deployment.capture import Captured
+from lrcompile.deployment.capture import Captured, renamed
 from lrcompile.errors import ExportError
+from lrcompile.interop.onnx_attention import zero_unattended
 from lrcompile.interop.onnx_nf4 import expand_absmax, translation
 from lrcompile.passes.base import Pending
 
@@ -64,7 +64,8 @@ def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None 
         name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])
     }
     onnxscript.optimizer.optimize_ir(model, should_fold=_unless_reading(protected))
-    _rename_dimensions(model, captured.dimensions)
+    zero_unattended(model)
+    _rename(model, captured)
     _forget_machine(model)
     model.producer_name = "lrcompile"
     model.ir_version = max(_LOWEST_IR, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
@@ -152,20 +153,18 @@ def _unless_reading(protected: set[str]) -> Callable[[ir.Node], bool | None]:
     return lambda node: False if any(each is not None and each.name in protected for each in node.inputs) else None
 
 
-def _rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
-    if not names:
-        return
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-
-    def renamed(dimension: int | ir.SymbolicDim) -> int | str | None:
+def _rename(model: ir.Model, captured: Captured) -> None:
+    def named(dimension: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dimension, int) or dimension.value is None:
             return dimension if isinstance(dimension, int) else None
-        return symbol.sub(lambda match: names[match.group()], dimension.value)
+        return renamed(dimension.value, captured.dimensions)
 
     graph = model.graph
+    for value in graph.inputs:
+        value.name = captured.inputs.get(str(value.name), value.name)
     for value in [*graph.inputs, *graph.outputs, *(out for node in graph.all_nodes() for out in node.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape([renamed(dimension) for dimension in value.shape])
+            value.shape = ir.Shape([named(dimension) for dimension in value.shape])
 
 
 def _forget_machine(model: ir.Model) -> None:

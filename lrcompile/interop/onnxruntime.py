@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import VerificationError, require
 from lrcompile.interop.onnx_safety import check
-from lrcompile.verifying.outputs import Inputs
+from lrcompile.verifying.outputs import Inputs, named_tensors
 from lrcompile.verifying.provenance import Step, scope_values
 
 if TYPE_CHECKING:
     import onnx
+
+    from lrcompile.verifying.runners import Layers
 
 _LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -45,6 +47,19 @@ class OnnxRunner:
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
         return {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+
+    def steps(self, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
+        """See `onnx_steps.steps`."""
+        from lrcompile.interop.onnx_steps import steps
+
+        with _typed(self._path):
+            step = steps(self._session, empty)
+
+        def typed(given: dict[str, Tensor]) -> Tensor:
+            with _typed(self._path):
+                return step(given)
+
+        return typed
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         return self._run(self._session, [output.name for output in self._model.graph.output], inputs)
@@ -126,9 +141,7 @@ def _feed(path: Path, session: Any, inputs: Inputs) -> dict[str, Any]:
     """Inputs by name where they have the graph's names, else the tensors in order."""
     names = [entry.name for entry in session.get_inputs()]
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    named = (
-        {key: value for key, value in inputs.items() if isinstance(value, Tensor)} if isinstance(inputs, dict) else {}
-    )
+    named = named_tensors(inputs) if isinstance(inputs, dict) else {}
     if named and len(named) == len(leaves) and set(named) == set(names):
         given = named
     elif len(leaves) == len(names) and not set(named) & set(names):

@@ -16,12 +16,24 @@ from lrcompile.verifying.verdict import Limits
 
 
 @dataclass(frozen=True)
+class Port:
+    """An input of the file; sizes that vary have names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
 class Artefact:
     """What the manifest says; `stale` has a sentence for each file that is no longer the one it describes."""
 
     limits: Limits | None = None
     session: dict[str, Any] = field(default_factory=dict)
     stale: tuple[str, ...] = ()
+    generation: dict[str, Any] | None = None
+    """Of a decoder with a cache: what generating with it takes to know."""
+    inputs: tuple[Port, ...] = ()
 
 
 def artefact(candidate: Any) -> Artefact:
@@ -37,7 +49,21 @@ def artefact(candidate: Any) -> Artefact:
     if not isinstance(session, dict) or not isinstance(hashes, dict):
         raise VerificationError(f"{manifest}: session and sha256 must be objects")
     limits = Limits.from_dict(data["limits"]) if "limits" in data else None
-    return Artefact(limits, session, tuple(_stale(manifest, hashes)))
+    generation, inputs = data.get("generation"), data.get("inputs", [])
+    if not isinstance(generation, dict | None) or not isinstance(inputs, list):
+        raise VerificationError(f"{manifest}: generation must be an object and inputs a list")
+    inputs = tuple(_port(manifest, entry) for entry in inputs)
+    return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation, inputs)
+
+
+def _port(manifest: Path, entry: Any) -> Port:
+    try:
+        port = Port(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
+    except (TypeError, KeyError) as error:
+        raise VerificationError(f"{manifest}: an input is not a name, a dtype and a shape") from error
+    if not all(isinstance(size, str) or (type(size) is int and 0 <= size < 2**31) for size in port.shape):
+        raise VerificationError(f"{manifest}: input {port.name!r} has the shape {list(port.shape)}")
+    return port
 
 
 def _stale(manifest: Path, hashes: dict[str, Any]) -> list[str]:

@@ -40,6 +40,17 @@ def call(function: Any, inputs: Inputs) -> Any:
     return function(**inputs) if isinstance(inputs, dict) else function(*inputs)
 
 
+def named_tensors(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among keyword arguments, those in lists and dicts by their place: `past_key_values.0.key`."""
+    paths, _ = pytree.tree_flatten_with_path(inputs)
+    return {dotted(path): value for path, value in paths if isinstance(value, Tensor)}
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """A place in nested arguments as text."""
+    return ".".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
+
+
 def named_outputs(result: Any) -> dict[str, Tensor]:
     """Every tensor of a model's result in order: `logits`, `past_key_values.keys.0`, `output` for a bare tensor,
     `output.0` and on for a bare tuple. None and text are skipped.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
+
+Layers = list[dict[str, Tensor]]
+"""A key-value cache: `{"key": K, "value": V}` of each layer."""
 
 
 @runtime_checkable
@@ -74,6 +77,19 @@ class PackageRunner:
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
             return named_outputs(call(self._model, copied(inputs)))
+
+    def steps(self, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
+        """As `onnx_steps.steps`."""
+        past = empty
+
+        def step(given: dict[str, Tensor]) -> Tensor:
+            nonlocal past
+            with torch.no_grad():
+                result = self._model(**given, past_key_values=past)
+            past = result["present"]
+            return result["logits"][:, -1]
+
+        return step
 
 
 @contextmanager
