@@ -36,6 +36,7 @@ _BUILT_IN = {
     "fuse-input-gains": "fuse_input_gains:FuseInputGains",
     "group-by-input": "group_by_input:GroupByInput",
     "hoist-constants": "hoist_constants:HoistConstants",
+    "integers-from-nf4": "integers_from_nf4:IntegersFromNf4",
     "lower-experts": "lower_experts:LowerExperts",
     "merge-adapters": "merge_adapters:MergeAdapters",
     "merge-gains": "merge_gains:MergeGains",

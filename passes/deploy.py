@@ -16,6 +16,7 @@ from lrcompile.passes.fold_factors import FoldFactors
 from lrcompile.passes.fold_gains import FoldGains
 from lrcompile.passes.fold_scale import FoldScale
 from lrcompile.passes.fuse_input_gains import FuseInputGains
+from lrcompile.passes.integers_from_nf4 import IntegersFromNf4
 from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.pipeline import Pipeline
 from lrcompile.passes.prune_ranks import PruneRanks
@@ -23,10 +24,15 @@ from lrcompile.passes.quantize_nf4 import QuantizeNf4
 
 
 def deploy(
-    adapters: Literal["merge", "inline"], *, into: str | None = None, quantize: bool = False, keep_nf4: bool = True
+    adapters: Literal["merge", "inline"],
+    *,
+    into: str | None = None,
+    quantize: bool = False,
+    keep_nf4: bool = True,
+    integers: IntegersFromNf4 | None = None,
 ) -> Pipeline:
     """The passes an export runs. `into`: what a merge makes of NF4 weights. `keep_nf4`: the runtime has an operator for
-    NF4 codes, so they stay one node.
+    NF4 codes, so they stay one node. `integers`: the approximation NF4 weights are written as.
     """
     none: tuple[Pass, ...] = ()
     return Pipeline(
@@ -44,6 +50,7 @@ def deploy(
             FoldScale(),
             # 2. storage of the weights
             *((QuantizeNf4(),) if quantize else none),
+            *((integers,) if integers is not None else none),
             # 3. out of the dialect
             ExpandGains(),
             ExpandLora(),

@@ -13,6 +13,7 @@ from lrcompile.dialect import experts as experts
 from lrcompile.dialect import gain as gain
 from lrcompile.dialect import galore as galore
 from lrcompile.dialect import hadamard as hadamard
+from lrcompile.dialect import integers as integers
 from lrcompile.dialect import nf4 as nf4
 from lrcompile.dialect import norm as norm
 from lrcompile.passes.tensors import Tensors
@@ -29,6 +30,7 @@ INPUT_GAIN = torch.ops.lrcompile.input_gain.default
 GAINS = (GAIN, INPUT_GAIN)
 """Ops of the form op(value, g, …) that do nothing where g is one."""
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
+INTEGER_LINEAR = torch.ops.lrcompile.integer_linear.default
 STEP_CONSTANTS = (torch.ops.lrcompile.dora_norm.default, torch.ops.lrcompile.nf4_dora_norm.default)
 """Ops on weights alone whose results are constants to autograd: they change only when a weight does."""
 
