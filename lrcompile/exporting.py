@@ -74,8 +74,9 @@ def export(
 
     `nf4_form`, how an `.onnx` file holds NF4 weights. "exact": their codes, for MatMulBnb4 (4.5 bits, slow on a CPU).
     "portable": the same in standard operators. "int8", "int4": approximations that MatMulNBits multiplies fast, the
-    levels on an 8-bit grid (8.5 bits) or rounded once more to 4 bits (5 bits), inputs rounded to 8 bits; what that
-    changes is measured on the example inputs, and the manifest declares it as a limit that `verify` allows.
+    levels on an 8-bit grid (8.5 bits) or rounded once more to 4 bits (5 bits), inputs rounded to 8 bits (also those of
+    maps that are integers already). What that changes is measured on the example inputs, and the manifest declares it
+    as a limit that `verify` allows.
 
     The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
     appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
@@ -119,7 +120,8 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "adapters": deployed.adapters,
         "quantize": plan.quantize,
         "nf4": deployed.nf4,
-        **({"nf4_form": plan.nf4_form} if deployed.nf4 and path.suffix == ".onnx" else {}),
+        "integers": deployed.integers,
+        **({"nf4_form": plan.nf4_form} if (deployed.nf4 or deployed.integers) and path.suffix == ".onnx" else {}),
         "base_sha256": fingerprint(model),
         **limits(bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored, deployed.declared),
     }

@@ -49,6 +49,13 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
     return list(dict.fromkeys(name.removesuffix("weight_codes").rstrip(".") for name in found))
 
 
+def integer_sites(program: ExportedProgram) -> list[str]:
+    """The linear maps of the program whose weight is stored as integers."""
+    tensors = Tensors(program)
+    found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is INTEGER_LINEAR]
+    return list(dict.fromkeys(name.removesuffix("weight_integers").rstrip(".") for name in found))
+
+
 def site_of(node: fx.Node, tensors: Tensors) -> str:
     """The site an adapter node belongs to: where its factors live, or else the name of the node."""
     own = node.args[1 if node.target in GAINS else 2]

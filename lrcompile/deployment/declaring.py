@@ -28,7 +28,7 @@ Examples = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Declared:
-    """Callback of a pipeline: runs the examples before and after each approximate pass called one of `names`."""
+    """Callback of a pipeline: runs the examples before the first pass called one of `names`, and after each."""
 
     names: tuple[str, ...]
     model: nn.Module
@@ -38,25 +38,24 @@ class Declared:
     """‖y' − y‖/‖y‖, of the output where it is largest."""
     effect_error: float | None = None
     """‖y' − y‖/‖effect of the adapters‖ over all outputs; None without an adapter that does anything."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """The error of each weight, in the unit of its pass."""
+    before: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __call__(self, each: Pass, program: Program) -> Callable[[Result], None]:
         if each.name not in self.names:
             return lambda _: None
-        before = self._run(program.module())
+        if self.before is None:
+            self.before = self._run(program.module())
 
         def after(result: Result) -> None:
-            if result.modified:
-                self.weights.update(result.errors)
-                self._compare(before, self._run(program.module()))
+            if result.modified and self.before is not None:
+                self._compare(self.before, self._run(program.module()))
 
         return after
 
     def _compare(self, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
         gaps = {name: (now[name].double() - value.double()).norm() for name, value in before.items()}
         shares = [float(gaps[name] / value.double().norm()) for name, value in before.items() if value.any()]
-        self.relative_error = max([self.relative_error, *shares])
+        self.relative_error = max(shares, default=0.0)
         effect2 = 0.0
         for name, value in self._base().items():
             if name in before and value.shape == before[name].shape:

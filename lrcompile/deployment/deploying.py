@@ -18,9 +18,10 @@ from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.integer_inputs import IntegerInputs
 from lrcompile.passes.integers_from_nf4 import IntegersFromNf4
 from lrcompile.passes.merge_adapters import MergeAdapters
-from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, nf4_sites, site_of
+from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, integer_sites, nf4_sites, site_of
 from lrcompile.passes.pipeline import chain
 from lrcompile.passes.tensors import Tensors
 
@@ -67,6 +68,8 @@ class Deployed:
     pipeline: str
     adapters: dict[str, Any]
     nf4: list[str]
+    integers: list[str]
+    """Linear maps whose weight was integers before."""
     stored: torch.dtype | None
     """The dtype of weights that a merge dequantized."""
     declared: Declared | None = None
@@ -103,7 +106,7 @@ def deploy(
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
     _refuse_broken(exported)
-    stored, sites = nf4_sites(exported), adapted_sites(exported)
+    stored, sites, of_integers = nf4_sites(exported), adapted_sites(exported), integer_sites(exported)
     form = _form(plan, stored)
     on_nf4 = [site for site in sites if site in stored] if form == "merge" else []
     if on_nf4 and plan.into is None:
@@ -119,7 +122,7 @@ def deploy(
         form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4, integers=integers
     )
     program = Program(exported, model)
-    seen, declared = _Sites(), Declared((IntegersFromNf4.name,), model, examples)
+    seen, declared = _Sites(), Declared((IntegersFromNf4.name, IntegerInputs.name), model, examples)
     steps = {step.spec: step.result for step in pipeline.run(program, chain(seen, declared))}
     kept = (
         dict.fromkeys(seen.trained, "kept beside the weight")
@@ -131,15 +134,21 @@ def deploy(
         raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
     if plan.quantize and not seen.nf4:
         raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
-    if plan.nf4_form != "exact" and not seen.nf4:
+    if plan.nf4_form != "exact" and not (seen.nf4 or of_integers):
         raise ExportError(
-            f"nf4_form={plan.nf4_form!r} says how NF4 weights are written, and there are none: quantize the model, or"
-            " give quantize='nf4'"
+            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
+            " model, or give quantize='nf4'"
         )
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(
-        program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""), declared if integers else None
+        program=program,
+        pipeline=str(pipeline),
+        adapters=adapters,
+        nf4=seen.nf4,
+        integers=of_integers,
+        stored=DTYPES.get(plan.into or ""),
+        declared=declared if integers else None,
     )
 
 
