@@ -34,6 +34,7 @@ _BUILT_IN = {
     "fold-factors": "fold_factors:FoldFactors",
     "fold-gains": "fold_gains:FoldGains",
     "fold-scale": "fold_scale:FoldScale",
+    "fuse-by-input": "fuse_by_input:FuseByInput",
     "fuse-input-gains": "fuse_input_gains:FuseInputGains",
     "group-by-input": "group_by_input:GroupByInput",
     "hoist-constants": "hoist_constants:HoistConstants",
