@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FuseByInput(Pass[Program]):
-    """Linear maps of one input become one product: query, key and value; gate and up; the first factors of adapters.
+    """x·W₁ᵀ, x·W₂ᵀ, … = split(x·[W₁; W₂; …]ᵀ): query, key and value; gate and up; the first factors of adapters.
 
     Float weights, integers of one kind (their blocks lie within a row) and NF4 codes, where every weight but the last
     fills whole blocks: codes and maxima are then those of the stacked weight, bit for bit, maxima in float32. Refuses
