@@ -52,7 +52,7 @@ def check_data(into: str, optimise: bool, data: Iterable[Any] | None) -> None:
     if optimise and data is None:
         raise MergeError(
             "optimise=True chooses codes by what layers put out: merge(model, into='nf4', optimise=True, data=batches),"
-            " a batch being a dict (model(**batch)) or a tuple (model(*batch)); a few hundred tokens of the task"
+            " a batch being a dict (model(**batch)) or a tuple (model(*batch)); some thousands of tokens of the task"
         )
 
 

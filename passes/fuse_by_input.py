@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from lrcompile.kernels.nf4_dequant import Nf4, decode_absmax
+from lrcompile.kernels.nf4_dequant import decode_absmax
 from lrcompile.passes.base import Equivalence, Pass, Pending, Program, Refusal, Result
-from lrcompile.passes.nodes import INTEGER_LINEAR, NF4_LINEAR, tidy
+from lrcompile.passes.nodes import INTEGER_LINEAR, NF4_LINEAR, held_nf4, tidy
 from lrcompile.passes.tensors import Tensors, substitute
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ def _fuse(program: Program, tensors: Tensors, maps: list[_Map]) -> None:
             arguments = (first.args[0], *held, bias, *first.args[4:])
         else:
             arguments = (first.args[0], *held, bias, whole, *first.args[7:])
-        product = graph.call_function(first.target, arguments)  # type: ignore[arg-type]
+        product = graph.call_function(first.target, arguments)
         value = first.meta["val"]
         product.meta = {**first.meta, "val": value.new_empty((*value.shape[:-1], whole))}
         split = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
@@ -164,7 +164,7 @@ def _stacked(program: Program, tensors: Tensors, maps: list[_Map]) -> list[fx.No
         columns = zip(*([tensors.get(node) for node in each.held if node is not None] for each in maps), strict=True)
         parts = [torch.cat(column) for column in columns]
         return [tensors.add(f"{name}_{what}", part, before) for what, part in zip(("", "scales"), parts, strict=True)]
-    stored = [Nf4(*(None if node is None else tensors.get(node) for node in each.held)) for each in maps]
+    stored = [held_nf4(tensors, each.held) for each in maps]
     codes, maxima = torch.cat([each.codes for each in stored]), torch.cat([decode_absmax(each) for each in stored])
     return [tensors.add(name, codes, before), tensors.add(f"{name}_absmax", maxima, before), None, None]
 

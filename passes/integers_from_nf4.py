@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from lrcompile.dialect import integers as integers
 from lrcompile.errors import SpecError
 from lrcompile.integers.blocks import BITS, BLOCK_SIZES, Integers, dequantize_integers, quantize_integers
-from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
+from lrcompile.kernels.nf4_dequant import dequantize_nf4
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
-from lrcompile.passes.nodes import INTEGER_LINEAR, NF4_LINEAR, tidy
+from lrcompile.passes.nodes import INTEGER_LINEAR, NF4_LINEAR, held_nf4, tidy
 from lrcompile.passes.tensors import Tensors, substitute
 
 
@@ -50,7 +50,7 @@ class IntegersFromNf4(Pass[Program]):
             x, codes, absmax, scale, offset, bias, out, inside, block, transposed, _ = node.args
             if codes not in held:
                 name = tensors.targets[codes.name].removesuffix("_codes")
-                nf4 = Nf4(*(None if each is None else tensors.get(each) for each in (codes, absmax, scale, offset)))
+                nf4 = held_nf4(tensors, (codes, absmax, scale, offset))
                 weight = dequantize_nf4(nf4, (inside, out) if transposed else (out, inside), block)
                 weight = weight.t() if transposed else weight
                 stored = quantize_integers(weight, self.bits, self.block_size)

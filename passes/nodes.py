@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lrcompile.dialect import hadamard as hadamard
 from lrcompile.dialect import integers as integers
 from lrcompile.dialect import nf4 as nf4
 from lrcompile.dialect import norm as norm
+from lrcompile.kernels.nf4_dequant import Nf4
 from lrcompile.passes.tensors import Tensors
 
 LORA = torch.ops.lrcompile.lora.default
@@ -54,6 +56,13 @@ def integer_sites(program: ExportedProgram) -> list[str]:
     tensors = Tensors(program)
     found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is INTEGER_LINEAR]
     return list(dict.fromkeys(name.removesuffix("weight_integers").rstrip(".") for name in found))
+
+
+def held_nf4(tensors: Tensors, nodes: Sequence[Any]) -> Nf4:
+    """The storage behind the four arguments of an `nf4_linear` that name it."""
+    codes, absmax, *double = nodes
+    scale, offset = (None if each is None else tensors.get(each) for each in double)
+    return Nf4(tensors.get(codes), tensors.get(absmax), scale, offset)
 
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:

@@ -96,7 +96,12 @@ def test_the_op_is_the_product_with_the_decoded_weight_and_keeps_only_codes_for_
     x = torch.randn(2, 3, 50, dtype=dtype, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = op(x, *held, bias, 50, bits, 32, False)
     weight = dequantize_integers(held, 50, bits, dtype)
     assert torch.equal(y, F.linear(x, weight, bias.to(dtype)))

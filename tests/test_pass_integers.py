@@ -29,11 +29,11 @@ def _counts(program: Program) -> dict[str, int]:
 
 
 def _mlp(dtype: torch.dtype = torch.float32) -> Any:
-    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, OUT, bias=False)).to(dtype)
+    model: Any = nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, OUT, bias=False)).to(dtype)
     for index, bits, block in ((0, 8, 64), (2, 4, 32)):
         held = quantize_integers(model[index].weight, bits, block)
-        inside = model[index].in_features  # type: ignore[arg-type]
-        attach_integers(model[index], held, IntegerLayout(inside, bits, block, False, dtype))  # type: ignore[arg-type]
+        inside = model[index].in_features
+        attach_integers(model[index], held, IntegerLayout(inside, bits, block, False, dtype))
     return model.eval()
 
 

@@ -45,7 +45,8 @@ class _IntegerLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ dequantize_integers(Integers(*ctx.saved_tensors), *ctx.stored, dy.dtype)
+            in_features, bits = ctx.stored
+            dx = dy @ dequantize_integers(Integers(*ctx.saved_tensors), in_features, bits, dy.dtype)
         if ctx.needs_input_grad[2]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
         return dx, None, db, None, None
