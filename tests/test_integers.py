@@ -176,6 +176,31 @@ def test_a_form_is_declared_measured_and_allowed_by_verify_and_another_weight_is
     assert not lrcompile.verify(model, path, (x,), limits=lrcompile.Limits(declared_error=sizes["int4"])).ok
 
 
+@pytest.mark.parametrize("options", [{}, {"quantize": "nf4"}, {"quantize": "nf4", "adapters": "merge"}], ids=str)
+def test_what_a_form_costs_beside_an_adapter_is_a_share_of_what_the_adapter_does(tmp_path, options):
+    """On an NF4 model, on one that is quantized while it is written, and folded before that."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 32))
+    if not options:
+        lrcompile.quantize(model, targets=["0", "2"])
+    lrcompile.apply(model, lrcompile.spec("lora", rank=4, targets=["0", "2"]))
+    for index in (0, 2):
+        nn.init.normal_(model[index].lrcompile_adapters["weight"]["default"].B, std=0.01)
+    x = torch.randn(64, 96)
+    exported = lrcompile.export(model, tmp_path / "m.onnx", (x,), nf4_form="int8", **options)
+    verdict = exported.verify()
+    assert verdict.ok, verdict
+    allowed = exported.manifest["limits"]["adapter_relative_error"]
+    if options.get("adapters") == "merge":
+        assert verdict.adapter_relative_error is None
+        assert allowed == 0.05
+    else:  # measured on the same inputs: a quarter of what is allowed, or all of it at the cap
+        assert verdict.adapter_relative_error is not None
+        assert 0.05 < allowed <= 0.5
+        assert min(4 * verdict.adapter_relative_error, 0.5) == pytest.approx(allowed, rel=0.1)
+
+
 WRONG = {
     "unknown": ({"nf4_form": "int3"}, True, "choose one of 'exact', 'portable', 'int8', 'int4'"),
     "no weights": ({"nf4_form": "int8"}, False, "there are none: quantize"),

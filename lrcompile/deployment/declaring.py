@@ -31,8 +31,8 @@ class Declared:
     """Callback of a pipeline: runs the examples before the first pass called one of `names`, and after each."""
 
     names: tuple[str, ...]
-    model: nn.Module
-    """That the program was captured from; its outputs without adapters say what these do."""
+    reference: Callable[[], nn.Module]
+    """The model that the file is held against; its outputs without adapters say what these do."""
     examples: Examples
     relative_error: float = 0.0
     """‖y' − y‖/‖y‖, of the output where it is largest."""
@@ -64,10 +64,11 @@ class Declared:
             self.effect_error = float(sum(gap.square() for gap in gaps.values())) ** 0.5 / effect2**0.5
 
     def _base(self) -> Mapping[str, Tensor]:
-        if not has_state(self.model) or not state_of(self.model).active:
+        model = self.reference()
+        if not has_state(model) or not state_of(model).active:
             return {}
-        with switched_off(self.model):
-            return self._run(self.model)
+        with switched_off(model):
+            return self._run(model)
 
     def _run(self, module: nn.Module) -> dict[str, Tensor]:
         args, kwargs = self.examples

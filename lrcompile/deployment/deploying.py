@@ -24,6 +24,7 @@ from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, integer_sites, nf4_sites, site_of
 from lrcompile.passes.pipeline import chain
 from lrcompile.passes.tensors import Tensors
+from lrcompile.verifying.requantized import requantized
 
 FORMS = ("auto", "merge", "inline")
 NF4_FORMS: dict[str, IntegersFromNf4 | None] = {
@@ -122,7 +123,12 @@ def deploy(
         form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4, integers=integers
     )
     program = Program(exported, model)
-    seen, declared = _Sites(), Declared((IntegersFromNf4.name, IntegerInputs.name), model, examples)
+    seen = _Sites()
+
+    def reference() -> nn.Module:
+        return requantized(model, seen.nf4, form == "merge") if plan.quantize else model
+
+    declared = Declared((IntegersFromNf4.name, IntegerInputs.name), reference, examples)
     steps = {step.spec: step.result for step in pipeline.run(program, chain(seen, declared))}
     kept = (
         dict.fromkeys(seen.trained, "kept beside the weight")

@@ -60,9 +60,7 @@ def limits(
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
     reason = _REASON + (_REASON_NF4 if has_nf4 and declared is None else "")
     if wider > 1:
-        reason += (
-            f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
-        )
+        reason += f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
     held = Limits(bound_ratio=_BOUND * wider)
     if declared is not None:
         held, reason = declared.limits(held), reason + declared.reason
