@@ -41,7 +41,7 @@ def merge(
 
     On an NF4 base `into` must say what the weight becomes: "float32", "bfloat16" or "float16" (dequantized and folded,
     exact but for one rounding), or "nf4": requantized from the kept original weights, or, with `optimise=True`, the
-    codes chosen so that the layer's outputs on `data` keep the update (`nf4.rounding`), block maxima left as they are.
+    codes chosen so that the layer's outputs on `data` keep the update (`nf4.rounding`).
 
     `data`, an iterable of batches as for `apply`, all of which are run: what rounding takes of the update is then
     measured on the outputs of each linear layer instead of its weight. It takes 4·in² bytes of memory a site.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrcompile.kernels.nf4_dequant import CODEBOOK, Nf4, decode_absmax, pack, unpack
+from lrcompile.kernels.nf4_dequant import CODEBOOK, Nf4, decode_absmax, pack, quantize_nf4, unpack
 from lrcompile.nf4.modules import Layout
 
 DAMPING = 0.01
@@ -16,22 +16,34 @@ _COLUMNS = 128  # whose updates of the rest of the matrix are gathered into one 
 
 
 def rounded_for_outputs(target: Tensor, nf4: Nf4, layout: Layout, moments: Tensor) -> Nf4:
-    """argmin over codes q of tr((Ŵ − T)·H·(Ŵ − T)ᵀ), Ŵ = c[q]·m with the maxima m left as they are, approximately.
+    """argmin over codes q of tr((Ŵ − T)·H·(Ŵ − T)ᵀ), Ŵ = c[q]·m with one of two sets of block maxima m, approximately.
 
-    `target` T `[out, in]`, `moments` H `[in, in]` the second moments of the inputs; returns `nf4` with other codes.
-    From two starts, each column in turn: T rounded with each column's error handed on to the columns after it (GPTQ,
-    arXiv 2210.17323), and the codes as they are. Each is improved by coordinate descent (q_j takes the level nearest to
-    the minimum of the quadratic in that one element, which never makes it larger), and each row takes the better one:
-    so no row's outputs are further from T's than with the codes as they were.
+    `target` T `[out, in]`, `moments` H `[in, in]` the second moments of the inputs, `nf4` what the weight is stored as
+    now, in which form the result is. The maxima are those there are, which a small update fits, or T's own, where it
+    outgrew them. For either, each column of T in turn is rounded with its error handed on to the columns after it
+    (GPTQ, arXiv 2210.17323), then improved by coordinate descent: q_j takes the level nearest to the minimum of the
+    quadratic in that one element. The codes there are, or those nearest to T, improved in the same way, are a second
+    start, and each row takes the better one. So no result is further from T's outputs than either of these.
     """
-    target, scale = target.float(), _scales(nf4, layout)
+    target = target.float()
     H = moments.to(target.device, torch.float32)
     H = H + torch.eye(len(H), device=H.device) * (DAMPING * H.diagonal().mean()).clamp_min(torch.finfo(H.dtype).tiny)
-    starts = [_oriented(unpack(nf4.codes, layout.shape), layout), _compensated(target, scale, H)]
-    found = [_descended(start, target, scale, H) for start in starts]
-    errors = torch.stack([error for _, error in found])
-    best = torch.where((errors[1] < errors[0])[:, None], found[1][0], found[0][0])
-    return nf4._replace(codes=pack(_oriented(best, layout).contiguous()))
+    stored = _oriented(target, layout).contiguous()
+    own = quantize_nf4(stored, layout.block_size, nf4.absmax_scale is not None)
+    found = [_improved(target, each, layout, H) for each in (nf4, own)]
+    return min(found, key=lambda each: each[1])[0]
+
+
+def _improved(target: Tensor, nf4: Nf4, layout: Layout, H: Tensor) -> tuple[Nf4, float]:
+    """The best codes found for the maxima of `nf4`, and their error."""
+    scale = _scales(nf4, layout)
+    there = _oriented(unpack(nf4.codes, layout.shape), layout)
+    (codes, errors), (others, other_errors) = (
+        _descended(start, target, scale, H) for start in (there, _compensated(target, scale, H))
+    )
+    best = torch.where((other_errors < errors)[:, None], others, codes)
+    total = float(torch.minimum(errors, other_errors).double().sum())
+    return nf4._replace(codes=pack(_oriented(best, layout).contiguous())), total
 
 
 def _scales(nf4: Nf4, layout: Layout) -> Tensor:
