@@ -24,8 +24,8 @@ UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Asser
 """What a model raises when it cannot take its inputs."""
 
 
-def taken(data: Iterable[Any], most: int, label: str) -> Iterator[Any]:
-    """At most `most` batches of `data`; no more than that are drawn. `SpecError` where there is none."""
+def taken(data: Iterable[Any], most: int | None, label: str) -> Iterator[Any]:
+    """At most `most` batches of `data` (None: all); no more than that are drawn. `SpecError` where there is none."""
     if isinstance(data, (Mapping, Tensor, str)) or not isinstance(data, Iterable):
         raise SpecError(
             f"data is an iterable of batches (a list, a DataLoader, a generator), got a {type(data).__name__}; put a"

@@ -158,13 +158,19 @@ def _merge(commands: argparse._SubParsersAction) -> None:
     merge = _add(
         commands, "merge", "commands:merge",
         "Fold an adapter into its model and save a plain model; says what rounding took of each update.",
-        "  lrcompile merge lrcompile-demo/base lrcompile-demo/adapter --out merged",
+        "  lrcompile merge lrcompile-demo/base lrcompile-demo/adapter --out merged\n"
+        "  lrcompile merge nf4-base adapter --out merged --into nf4 --optimise --inputs calibration.safetensors",
     )  # fmt: skip
     merge.add_argument("model", metavar="MODEL", help=_MODEL)
     merge.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder (PEFT's layout)")
     merge.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
-    merge.add_argument("--into", choices=("keep", "float32", "bfloat16", "float16"), default="keep",
-                       help="what the weights of an NF4 base become")  # fmt: skip
+    merge.add_argument("--into", choices=("keep", "float32", "bfloat16", "float16", "nf4"), default="keep",
+                       help="what the weights of an NF4 base become; nf4 needs --optimise")  # fmt: skip
+    merge.add_argument("--optimise", action="store_true",
+                       help="choose NF4 codes by what layers put out on --text or --inputs")  # fmt: skip
+    merge.add_argument("--limit", type=float, metavar="SHARE",
+                       help="the most rounding may take of an update, of 1 (default 0.5)")  # fmt: skip
+    _input_options(merge)
 
 
 def _quantize(commands: argparse._SubParsersAction) -> None:
@@ -195,6 +201,8 @@ def _export(commands: argparse._SubParsersAction) -> None:
                         help="fold them, keep each pair beside its base, or make them swappable inputs")  # fmt: skip
     export.add_argument("--quantize", choices=("nf4",), help="store the linear maps of the written copy so")
     export.add_argument("--into", choices=("float32", "bfloat16", "float16"), help="what a merge makes of NF4 weights")
+    export.add_argument("--nf4-form", choices=("exact", "portable", "int8", "int4"), default="exact",
+                        help="how .onnx holds NF4 weights; int8, int4: fast, declared approximations")  # fmt: skip
     export.add_argument("--opset", type=int)
     export.add_argument("--use-cache", action="store_true",
                         help="a decoder with its key-value cache in and out (lrcompile run)")  # fmt: skip

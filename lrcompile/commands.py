@@ -33,7 +33,11 @@ def merge(given: Namespace) -> int:
     quiet()
     refuse_used(given.out)
     opened = _adapted(given.model, given.adapter)
-    report = lrcompile.merge(opened.model, into=given.into, final=True)
+    calibration = [opened.inputs(given.inputs, given.text)] if given.inputs or given.text else None
+    limit = {} if given.limit is None else {"limit": given.limit}
+    report = lrcompile.merge(
+        opened.model, into=given.into, optimise=given.optimise, data=calibration, final=True, **limit
+    )
     with atomic_folder(given.out) as folder:
         opened.save(folder)
     print(report)
@@ -72,6 +76,7 @@ def export(given: Namespace) -> int:
         adapters=given.adapters,
         into=given.into,
         quantize=given.quantize,
+        nf4_form=given.nf4_form,
         opset=given.opset,
         use_cache=given.use_cache,
     )

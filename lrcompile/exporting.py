@@ -69,6 +69,7 @@ def export(
     adapters: str = "auto",
     into: str | None = None,
     quantize: str | None = None,
+    nf4_form: str = "exact",
     opset: int | None = None,
     use_cache: bool = False,
 ) -> Export:
@@ -81,6 +82,11 @@ def export(
     one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
     linear maps of the exported copy as NF4. `opset`: 18 to 25.
 
+    `nf4_form`, how an `.onnx` file holds NF4 weights. "exact": their codes, for MatMulBnb4 (4.5 bits, slow on a CPU).
+    "portable": the same in standard operators. "int8", "int4": approximations that MatMulNBits multiplies fast, the
+    levels on an 8-bit grid (8.5 bits) or rounded once more to 4 bits (5 bits), inputs rounded to 8 bits (also those of
+    maps that are integers already). What that changes is measured on the example inputs, and the manifest declares it
+    as a limit that `verify` allows.
     `use_cache=True`, for causal language models of `transformers`: one graph for the prompt and for each token after
     it. Beside `input_ids`, `attention_mask [batch, past + sequence]` and `position_ids` (where the model takes them)
     it takes `past_key_values.{i}.key` and `.value [batch, heads, past, head size]`, and returns `logits` and
@@ -93,7 +99,9 @@ def export(
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{os.fspath(path)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
-    plan = Plan(adapters, into, quantize)
+    plan = Plan(adapters, into, quantize, nf4_form)
+    if nf4_form != "exact" and path.suffix != ".onnx":
+        raise ExportError(f"nf4_form={nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
     if path.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, "onnx")
@@ -108,7 +116,7 @@ def export(
     refuse_meta(model, "export", ExportError)
     with _status(f"capturing {type(model).__name__}"):
         captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
-        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")
+        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples)
     manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     write(path, captured, deployed, manifest, opset)
@@ -139,8 +147,10 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
         "adapters": deployed.adapters,
         "quantize": plan.quantize,
         "nf4": deployed.nf4,
+        "integers": deployed.integers,
+        **({"nf4_form": plan.nf4_form} if (deployed.nf4 or deployed.integers) and path.suffix == ".onnx" else {}),
         "base_sha256": fingerprint(model),
-        **limits(bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored),
+        **limits(bool(deployed.nf4), working_dtype(model, captured.examples), deployed.stored, deployed.declared),
     }
 
 
@@ -151,7 +161,8 @@ def _write_onnx(
     from lrcompile.interop.onnx_writing import write
 
     with _status(f"lowering to {path.name}"):
-        lowered = lower(captured, deployed.program.pending, opset)
+        portable = manifest.get("nf4_form") == "portable"
+        lowered = lower(captured, deployed.program.pending, opset, portable_nf4=portable)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
 
     def describe(hashes: dict[str, str]) -> bytes:

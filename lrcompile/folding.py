@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrcompile.effects import Effect, effect
 from lrcompile.errors import MergeError
 from lrcompile.held import Held, put
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4, quantize_nf4
 from lrcompile.nf4.modules import Layout, codes_of, is_nf4, layout_of
+from lrcompile.nf4.rounding import rounded_for_outputs
 from lrcompile.quantizing import base_of
 from lrcompile.recipes.forms.adapter import Adapter
 from lrcompile.sites.site import Site
@@ -21,25 +23,45 @@ from lrcompile.walking import submodule
 
 @dataclass(frozen=True)
 class FoldedSite:
+    """What folding made of one weight or bias."""
+
     name: str
     dtype: str
     relative_size: float
     """‖Δ‖ / ‖W‖."""
-    adapter_relative_error: float
-    """‖(W' − W) − Δ‖ / ‖Δ‖: what rounding took of the update; 0 where Δ is 0."""
+    kept: Effect
+    """Of Δ, in what W' − W is."""
+    measured_on: str = "weights"
+    """Or "outputs": of X·Δᵀ, X what came in on the calibration data."""
+    plain: Effect | None = None
+    """The same had the codes of W + Δ been those nearest to it element by element; where they were optimised."""
+
+    @property
+    def adapter_relative_error(self) -> float:
+        """‖(W' − W) − Δ‖ / ‖Δ‖, or that of the outputs: what rounding took of the update; 0 where Δ is 0."""
+        return self.kept.error
 
 
 def fold(
-    model: nn.Module, state: State, site: Site, names: Sequence[str], into: str, owners: dict[int, list[str]]
+    model: nn.Module,
+    state: State,
+    site: Site,
+    names: Sequence[str],
+    into: str,
+    owners: dict[int, list[str]],
+    moments: Tensor | None = None,
+    optimise: bool = False,
 ) -> list[FoldedSite]:
     """Fold the adapters `names` into the weight of `site` and the bias beside it, keep what they held in `state.folds`,
     and say what it cost, for each of the two that changes.
 
-    `owners`: every name each parameter goes by; one that others hold too gets a parameter of its own here. Raises
-    `MergeError` for an update that is not finite; nothing has changed then.
+    `owners`: every name each parameter goes by; one that others hold too gets a parameter of its own here. `moments`:
+    second moments of the site's inputs, where the cost is to be that of its outputs; with `optimise` NF4 codes are
+    chosen by them. Raises `MergeError` for an update that is not finite; nothing has changed then.
     """
     host = submodule(model, site.host)
-    before, new = _folded_nf4(host, into) if is_nf4(host) else (getattr(host, site.slot), None)
+    asked = moments if optimise else None
+    before, new = _folded_nf4(host, into, asked) if is_nf4(host) else (getattr(host, site.slot), None)
     assert before is not None
     dtype = before.dtype if new is None else new.dtype
     wide = torch.promote_types(before.dtype, torch.float32)
@@ -52,20 +74,48 @@ def fold(
         if not all(each is None or bool(torch.isfinite(each).all()) for each in (delta, shift)):
             raise MergeError(f"the update at {site.name!r} holds values that are not finite; it was not merged")
         delta = delta.mT if site.transposed else delta
-        folded = (start + delta).to(dtype)
+        meant = start + delta
+        folded = meant.to(dtype)
         held = Held(data=folded)
         if new is not None and new.requantize is not None:
-            held = Held(codes=new.requantize(folded))
-            folded = dequantize_nf4(held.codes[0], folded.shape, new.layout.block_size)  # type: ignore[index]
-        rows = [_measure(site.name, before, folded, delta, into if new is not None else None)]
-    kept = state.folds[site.name] = put(host, site.slot, held, _others(host, site.slot, site.parameter, owners))
-    if bias is not None and shift is not None:
-        name = f"{site.host}.bias" if site.host else "bias"
-        moved = (bias.detach().to(wide) + shift).to(bias.dtype)
-        rows.append(_measure(name, bias.detach(), moved, shift, None))
-        state.trained.hide(name, bias.data)
-        kept.bias = put(host, "bias", Held(data=moved), _others(host, "bias", name, owners))
-    return rows
+            held = Held(codes=(new.requantize(folded), new.layout))
+            folded = _values(held.codes[0], new.layout)  # type: ignore[index]
+
+        def kept(after: Tensor) -> Effect:
+            made = after.double() - before.double()
+            return effect(*((made.mT, delta.mT) if site.transposed else (made, delta)), moments)
+
+        plain = None
+        if asked is not None and new is not None:
+            nearest = quantize_nf4(meant, new.layout.block_size, new.double_quant)
+            plain = kept(_values(nearest, new.layout))
+        row = FoldedSite(
+            site.name,
+            into if new is not None else _named(folded),
+            _relative_size(delta, before),
+            kept(folded),
+            "weights" if moments is None else "outputs",
+            plain,
+        )
+    kept_here = state.folds[site.name] = put(host, site.slot, held, _others(host, site.slot, site.parameter, owners))
+    if bias is None or shift is None:
+        return [row]
+    name = f"{site.host}.bias" if site.host else "bias"
+    moved = (bias.detach().to(wide) + shift).to(bias.dtype)
+    made = effect(moved.double() - bias.detach().double(), shift)
+    state.trained.hide(name, bias.data)
+    beside = FoldedSite(name, _named(moved), _relative_size(shift, bias.detach()), made)
+    kept_here.bias = put(host, "bias", Held(data=moved), _others(host, "bias", name, owners))
+    return [row, beside]
+
+
+def _named(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _relative_size(delta: Tensor, before: Tensor) -> float:
+    size, weight = float(delta.double().norm()), float(before.double().norm())
+    return size / weight if weight > 0 else float("inf") if size > 0 else 0.0
 
 
 def changes(adapters: Sequence[Adapter], base: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -96,31 +146,28 @@ class _FromCodes:
     start: Tensor
     dtype: torch.dtype
     layout: Layout
-    requantize: Callable[[Tensor], tuple[Nf4, Layout]] | None = None
+    double_quant: bool
+    requantize: Callable[[Tensor], Nf4] | None = None
 
 
-def _folded_nf4(host: nn.Module, into: str) -> tuple[Tensor, _FromCodes]:
-    layout = layout_of(host)
-    values = dequantize_nf4(codes_of(host), layout.shape, layout.block_size)
+def _folded_nf4(host: nn.Module, into: str, moments: Tensor | None) -> tuple[Tensor, _FromCodes]:
+    nf4, layout = codes_of(host), layout_of(host)
+    values, double = _values(nf4, layout), nf4.absmax_scale is not None
     if into != "nf4":
-        return values, _FromCodes(values, getattr(torch, into), layout)
-    double = codes_of(host).absmax_scale is not None
+        return values, _FromCodes(values, getattr(torch, into), layout, double)
+    if moments is not None:
+
+        def chosen(W: Tensor) -> Nf4:
+            return rounded_for_outputs(W.mT if layout.transposed else W, nf4, layout, moments)
+
+        return values, _FromCodes(values, torch.float32, layout, double, chosen)
     base = base_of(host)
     assert base is not None  # `_check_into` asked
     start = base.detach().to(values.device, torch.float32)
     return values, _FromCodes(
-        start, torch.float32, layout, lambda W: (quantize_nf4(W, layout.block_size, double), layout)
+        start, torch.float32, layout, double, lambda W: quantize_nf4(W, layout.block_size, double)
     )
 
 
-def _measure(name: str, before: Tensor, after: Tensor, delta: Tensor, into: str | None) -> FoldedSite:
-    wide = delta.double()
-    size = wide.norm()
-    lost = ((after.double() - before.double()) - wide).norm()
-    weight = before.double().norm()
-    return FoldedSite(
-        name=name,
-        dtype=into or str(after.dtype).removeprefix("torch."),
-        relative_size=float(size / weight) if weight > 0 else float("inf") if size > 0 else 0.0,
-        adapter_relative_error=float(lost / size) if size > 0 else 0.0,
-    )
+def _values(nf4: Nf4, layout: Layout) -> Tensor:
+    return dequantize_nf4(nf4, layout.shape, layout.block_size)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 PATIENCE = 2.0
 
 
-def shown(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+def shown(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
     """`items`, with a bar on standard error once they have taken longer than `PATIENCE` seconds on a terminal."""
     iterator, started, done = iter(items), time.monotonic(), 0
     if sys.stderr.isatty():

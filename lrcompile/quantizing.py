@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from lrcompile.allocating import choose, integers_as
+from lrcompile.budgets import INT4, INT8, NF4, Allocation, checked_budget, described
 from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
+from lrcompile.integers.modules import attach_integers
 from lrcompile.interop.bitsandbytes import taken_over
 from lrcompile.kernels.nf4_dequant import BLOCK_SIZES, Nf4, quantize_nf4
 from lrcompile.nf4.modules import Layout, attach, codes_of, detach, is_nf4, layout_of, nf4_weight
@@ -19,7 +23,7 @@ from lrcompile.sites import ADAPTERS
 from lrcompile.state import has_state, state_of
 from lrcompile.targeting import ALL_LINEAR
 from lrcompile.wording import listed
-from lrcompile.wrapping import refuse_wrapped
+from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
 __all__ = ["Quantization", "base_of", "dequantize", "is_nf4", "nf4_weight", "quantization_of", "quantize"]
 
@@ -38,8 +42,11 @@ class Quantization:
     block_size: int
     double_quant: bool
     quantized: tuple[str, ...]
+    """The maps stored as NF4."""
     spared: dict[str, str]
     reversible: bool
+    allocation: Allocation | None = None
+    """With a budget: what each map got, integers and float included, and why; prints as a table."""
 
 
 def quantize(
@@ -52,6 +59,8 @@ def quantize(
     targets: str | Sequence[str] = ALL_LINEAR,
     exclude: str | Sequence[str] | None = None,
     keep_base: str | None = None,
+    budget: Mapping[str, float] | None = None,
+    data: Iterable[Any] | None = None,
 ) -> nn.Module:
     """W ≈ c[q]·m in each targeted linear map: 4 bits an element and one maximum a block, codes as bitsandbytes' NF4.
 
@@ -67,12 +76,30 @@ def quantize(
     codes, blocks and compute dtype they have. `"all-linear"` then is these, and spares what bitsandbytes was told to
     skip.
 
+    With `budget`, one of `{"bytes": N}`, `{"share": 0.3}` (of what the targeted weights take now) and `{"error": 0.02}`
+    (‖y' − y‖/‖y‖ of the model's outputs), each map is stored as float, int8, int4 (in blocks of a row, as ONNX Runtime
+    multiplies them) or NF4, by what that costs the outputs on `data`, an iterable of batches as for `apply`; the model
+    is run on them once for each map. `quantization_of(model).allocation` is the table of what each got and why. Such a
+    model is for deployment: integers take no adapter and cannot be undone.
+
     Raises `SpecError` for an option, `TargetError` for a target, `AdapterError` for a model that is wrapped, adapted or
     merged; the model is then as it was.
     """
     compute = _checked_options(scheme, block_size, double_quant, compute_dtype, keep_base)
     refuse_wrapped(model, "quantize")
     _refuse_merged(model)
+    limit = None if budget is None else checked_budget(budget)
+    if limit is None and data is not None:
+        raise SpecError("data is what a budget is measured on; give budget=, or leave data out", field="data")
+    if limit is not None and (data is None or keep_base is not None):
+        raise SpecError(
+            "a budget is measured on your data: quantize(model, budget=…, data=batches), a batch being a dict"
+            " (model(**batch)) or a tuple (model(*batch)); keep_base= does not go with it",
+            field="data" if data is None else "keep_base",
+        )
+    if limit is not None and data is not None:
+        modules, spared = chosen(model, targets, exclude or ())
+        return _within_budget(model, modules, spared, limit, data, block_size, double_quant, compute)
     with taken_over(model) as names:
         modules, spared = ({}, {}) if names and targets == ALL_LINEAR else chosen(model, targets, exclude or ())
         stored = [
@@ -88,6 +115,37 @@ def quantize(
     model.__dict__[_RECORD] = Quantization(block_size, double_quant, done, spared, keep_base is not None and not names)
     for name, reason in spared.items():
         _log.info("%s stays as it is: %s", name, reason)
+    return model
+
+
+def _within_budget(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    spared: dict[str, str],
+    budget: Mapping[str, float],
+    data: Iterable[Any],
+    block_size: int,
+    double_quant: bool,
+    compute: torch.dtype | None,
+) -> nn.Module:
+    refuse_meta(model, "quantize within a budget", AdapterError)
+    for name, module in modules.items():
+        if not torch.isfinite(module._parameters["weight"]).all():  # type: ignore[arg-type]
+            raise TargetError(f"{name or 'the model'}: its weight holds values that are not finite; repair it")
+    forms, watched, options = choose(model, modules, data, budget, block_size, double_quant)
+    moved = watched.moved_by({modules[name]: form for name, form in forms.items()}, block_size, double_quant)
+    allocation = described(budget, forms, options, moved**0.5)
+    as_codes = {
+        name: _stored(name, modules[name], block_size, double_quant, compute)
+        for name, form in forms.items() if form == NF4
+    }  # fmt: skip
+    as_integers = {name: integers_as(modules[name], form) for name, form in forms.items() if form in (INT8, INT4)}
+    for name, held in as_codes.items():
+        attach(modules[name], *held)
+    for name, integers in as_integers.items():
+        attach_integers(modules[name], *integers)
+    as_nf4 = tuple(name for name, form in forms.items() if form == NF4)
+    model.__dict__[_RECORD] = Quantization(block_size, double_quant, as_nf4, spared, False, allocation)
     return model
 
 

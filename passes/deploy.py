@@ -10,12 +10,15 @@ from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_gains import ExpandGains
 from lrcompile.passes.expand_hadamard import ExpandHadamard
+from lrcompile.passes.expand_integers import ExpandIntegers
 from lrcompile.passes.expand_lora import ExpandLora
 from lrcompile.passes.expand_nf4 import ExpandNf4
 from lrcompile.passes.fold_factors import FoldFactors
 from lrcompile.passes.fold_gains import FoldGains
 from lrcompile.passes.fold_scale import FoldScale
 from lrcompile.passes.fuse_input_gains import FuseInputGains
+from lrcompile.passes.integer_inputs import IntegerInputs
+from lrcompile.passes.integers_from_nf4 import IntegersFromNf4
 from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.pipeline import Pipeline
 from lrcompile.passes.prune_ranks import PruneRanks
@@ -23,10 +26,15 @@ from lrcompile.passes.quantize_nf4 import QuantizeNf4
 
 
 def deploy(
-    adapters: Literal["merge", "inline"], *, into: str | None = None, quantize: bool = False, keep_nf4: bool = True
+    adapters: Literal["merge", "inline"],
+    *,
+    into: str | None = None,
+    quantize: bool = False,
+    keep_nf4: bool = True,
+    integers: IntegersFromNf4 | None = None,
 ) -> Pipeline:
     """The passes an export runs. `into`: what a merge makes of NF4 weights. `keep_nf4`: the runtime has an operator for
-    NF4 codes, so they stay one node.
+    NF4 codes and for integers, so they stay one node. `integers`: the approximation NF4 weights are written as.
     """
     none: tuple[Pass, ...] = ()
     return Pipeline(
@@ -44,9 +52,11 @@ def deploy(
             FoldScale(),
             # 2. storage of the weights
             *((QuantizeNf4(),) if quantize else none),
+            *((integers,) if integers is not None else none),
+            *((IntegerInputs(),) if integers is not None and integers.integer_inputs else none),
             # 3. out of the dialect
             ExpandGains(),
             ExpandLora(),
-            *(none if keep_nf4 else (ExpandNf4(),)),
+            *(none if keep_nf4 else (ExpandNf4(), ExpandIntegers())),
         )
     )

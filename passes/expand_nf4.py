@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import fx
-from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
+from typing import ClassVar
 
 from lrcompile.dialect.nf4 import nf4_linear_aten
 from lrcompile.kernels.nf4_dequant import tables
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
+from lrcompile.passes.inlining import inline
 from lrcompile.passes.nodes import NF4_LINEAR, tidy
-from lrcompile.passes.tensors import Tensors, substitute
+from lrcompile.passes.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -39,27 +35,6 @@ class ExpandNf4(Pass[Program]):
             for name, table in tables(nodes[0].args[1].meta["val"].device)._asdict().items()
         ]
         for node in nodes:
-            _inline(program.exported, node, [*node.args, *constants])
+            inline(program.exported, node, [*node.args, *constants], nf4_linear_aten)
         tidy(program.exported)
         return Result(len(nodes))
-
-
-def _inline(program: ExportedProgram, node: fx.Node, args: list[Any]) -> None:
-    """Put the operations of the plain form, traced on this node's own shapes, in its place."""
-    given = [arg for arg in args if isinstance(arg, fx.Node)]
-
-    def plain(*values: torch.Tensor) -> torch.Tensor:
-        left = iter(values)
-        filled: list[Any] = [next(left) if isinstance(arg, fx.Node) else arg for arg in args]
-        return nf4_linear_aten(*filled)
-
-    mode = node.meta["val"].fake_mode
-    with mode:
-        body = make_fx(plain)(*(arg.meta["val"] for arg in given))
-    mapped: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
-    with node.graph.inserting_before(node):
-        for each in body.graph.nodes:
-            if each.op == "call_function":
-                mapped[each] = node.graph.node_copy(each, lambda n: mapped[n])
-    (result,) = body.graph.output_node().args
-    substitute(program, node, mapped[result])  # type: ignore[index]

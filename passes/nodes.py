@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from lrcompile.dialect import experts as experts
 from lrcompile.dialect import gain as gain
 from lrcompile.dialect import galore as galore
 from lrcompile.dialect import hadamard as hadamard
+from lrcompile.dialect import integers as integers
 from lrcompile.dialect import nf4 as nf4
 from lrcompile.dialect import norm as norm
+from lrcompile.kernels.nf4_dequant import Nf4
 from lrcompile.passes.tensors import Tensors
 
 LORA = torch.ops.lrcompile.lora.default
@@ -29,6 +32,7 @@ INPUT_GAIN = torch.ops.lrcompile.input_gain.default
 GAINS = (GAIN, INPUT_GAIN)
 """Ops of the form op(value, g, …) that do nothing where g is one."""
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
+INTEGER_LINEAR = torch.ops.lrcompile.integer_linear.default
 STEP_CONSTANTS = (torch.ops.lrcompile.dora_norm.default, torch.ops.lrcompile.nf4_dora_norm.default)
 """Ops on weights alone whose results are constants to autograd: they change only when a weight does."""
 
@@ -45,6 +49,20 @@ def nf4_sites(program: ExportedProgram) -> list[str]:
     tensors = Tensors(program)
     found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is NF4_LINEAR]
     return list(dict.fromkeys(name.removesuffix("weight_codes").rstrip(".") for name in found))
+
+
+def integer_sites(program: ExportedProgram) -> list[str]:
+    """The linear maps of the program whose weight is stored as integers."""
+    tensors = Tensors(program)
+    found = [tensors.targets[node.args[1].name] for node in program.graph.nodes if node.target is INTEGER_LINEAR]
+    return list(dict.fromkeys(name.removesuffix("weight_integers").rstrip(".") for name in found))
+
+
+def held_nf4(tensors: Tensors, nodes: Sequence[Any]) -> Nf4:
+    """The storage behind the four arguments of an `nf4_linear` that name it."""
+    codes, absmax, *double = nodes
+    scale, offset = (None if each is None else tensors.get(each) for each in double)
+    return Nf4(tensors.get(codes), tensors.get(absmax), scale, offset)
 
 
 def site_of(node: fx.Node, tensors: Tensors) -> str:

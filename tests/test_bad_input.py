@@ -187,7 +187,7 @@ def test_ctrl_c_during_training_leaves_a_model_that_can_be_removed_and_trained_o
 def test_ctrl_c_during_merge_leaves_nothing_merged(monkeypatch, after):
     from lrcompile import folding
 
-    model, left, real = applied(), [after], folding._measure
+    model, left, real = applied(), [after], folding.effect
     before = everything(model)
 
     def stop(*args):
@@ -196,7 +196,7 @@ def test_ctrl_c_during_merge_leaves_nothing_merged(monkeypatch, after):
         left[0] -= 1
         return real(*args)
 
-    monkeypatch.setattr(folding, "_measure", stop)
+    monkeypatch.setattr(folding, "effect", stop)
     with pytest.raises(KeyboardInterrupt):
         lrcompile.merge(model)
     assert everything(model) == before

@@ -218,6 +218,29 @@ def test_merge_writes_the_model_that_the_adapter_makes(run: Run, tiny: Path, ada
     assert "not empty" in refused(run("merge", tiny, adapter, "--out", tmp_path / "merged"))
 
 
+def test_an_nf4_base_is_merged_by_what_layers_put_out_and_exported_in_the_form_asked_for(
+    run: Run, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base, merged = tmp_path / "nf4", tmp_path / "merged"
+    assert run("quantize", tiny, "--out", base)[0] == 0
+    code, _, err = run("merge", base, adapter, "--out", merged, "--into", "nf4")
+    assert code == 2
+    assert "optimise" in err
+    assert not merged.exists()
+    texts = [word for text in ("some words", "and others", "to calibrate with", "abc xyz") for word in ("--text", text)]
+    code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", "--limit", "5", *texts)
+    assert code == 0, err
+    assert "nearest codes" in out
+    assert (merged / "nf4.safetensors").is_file()
+    file = tmp_path / "m.onnx"
+    code, _, err = run("export", merged, file, "--nf4-form", "int8", "--text", "one text", "--text", "another")
+    assert code == 0, err
+    assert json.loads(file.with_suffix(".manifest.json").read_text())["nf4_form"] == "int8"
+    code, out, _ = run("verify", merged, file, "--text", "another text", "--json")
+    assert code == 0
+    assert json.loads(out)["limits"]["declared_error"] > 0
+
+
 def test_verify_says_holds_or_not_by_its_exit_code(run: Run, tiny: Path, adapter: Path, tmp_path: Path) -> None:
     assert run("merge", tiny, adapter, "--out", tmp_path / "merged")[0] == 0
     save_file({"input_ids": torch.tensor([[2, 7, 8, 3]])}, tmp_path / "in.safetensors")

@@ -94,7 +94,7 @@ def test_without_an_operator_for_codes_none_of_ours_is_left_and_the_sites_are_st
     deployed = _deploy(_model(nf4=nf4), keep_nf4=False, quantize=None if nf4 else "nf4")
     assert _counts(deployed)[2] == 0
     assert deployed.nf4 == ["0", "2"]
-    assert deployed.pipeline.endswith("expand-lora,expand-nf4")
+    assert deployed.pipeline.endswith("expand-lora,expand-nf4,expand-integers")
 
 
 def test_an_adapter_of_zeros_is_dropped_and_not_said_to_be_kept():

@@ -109,6 +109,17 @@ def bnb4(**changes: int) -> Any:
     )
 
 
+def nbits(**changes: int) -> Any:
+    """Four rows of a block of sixteen 4-bit codes."""
+    given = {"N": 4, "K": 4, "block_size": 16, "bits": 4, **changes}
+    codes = onnx.helper.make_tensor("q", UINT8, [4, 1, 8], bytes(32), raw=True)
+    scales = onnx.helper.make_tensor("s", FLOAT, [4, 1], [1.0] * 4)
+    return model(
+        onnx.helper.make_node("MatMulNBits", ["x", "q", "s"], ["y"], domain="com.microsoft", **given),
+        tensors=(codes, scales),
+    )
+
+
 @pytest.mark.parametrize(
     ("proto", "message"),
     [
@@ -127,6 +138,12 @@ def bnb4(**changes: int) -> Any:
         (lambda: bnb4(N=1 << 20, K=1 << 20), "must lie between"),
         (lambda: bnb4(block_size=24), "needs a block size"),
         (lambda: bnb4(transB=0), "transB = 1"),
+        (lambda: nbits(N=5), "'q' has 32 elements, 40 are needed"),
+        (lambda: nbits(K=17), "64 are needed"),
+        (lambda: nbits(bits=8), "64 are needed"),
+        (lambda: nbits(bits=3), "2, 4 or 8 bits"),
+        (lambda: nbits(block_size=48), "needs a block size"),
+        (lambda: nbits(N=1 << 20, K=1 << 20), "must lie between"),
     ],
 )
 def test_unknown_operators_versions_and_sizes_are_refused(
@@ -143,8 +160,9 @@ def test_an_opset_the_runtime_refuses_is_refused_first(tmp_path: Path) -> None:
         check(save(tmp_path, proto))
 
 
-def test_an_accepted_nf4_operator_passes(tmp_path: Path) -> None:
-    check(save(tmp_path, bnb4()))
+@pytest.mark.parametrize("proto", [bnb4, nbits])
+def test_an_accepted_quantized_operator_passes(tmp_path: Path, proto: Callable[[], Any]) -> None:
+    check(save(tmp_path, proto()))
 
 
 @pytest.mark.parametrize("content", [b"", b"not protobuf at all", b"\x08\x0a", b"\xff" * 100])

@@ -10,7 +10,9 @@ from lrcompile.kernels.nf4_dequant.storage import (
     Nf4,
     Tables,
     nf4_shapes,
+    pack,
     tables,
+    unpack,
 )
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "decode_absmax",
     "dequantize_nf4",
     "nf4_shapes",
+    "pack",
     "quantize_nf4",
     "tables",
+    "unpack",
 ]

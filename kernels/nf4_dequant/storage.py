@@ -7,11 +7,13 @@ CUDA paths disagree): a stored model reads the same in either library.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # fmt: off
@@ -92,6 +94,17 @@ def nf4_shapes(numel: int, block_size: int) -> tuple[int, int, int]:
     """Lengths of codes, absmax and (double-quantized) absmax_scale for a weight of `numel` elements."""
     blocks = -(-numel // block_size)
     return -(-numel // 2), blocks, -(-blocks // ABSMAX_BLOCK)
+
+
+def unpack(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The index of each element in the code book, int64 `shape`."""
+    return torch.stack((codes >> 4, codes & 15), -1).flatten()[: math.prod(shape)].view(shape).long()
+
+
+def pack(index: Tensor) -> Tensor:
+    """Inverse of `unpack`: uint8 `[⌈n/2⌉]`; an odd last one stands beside the code of 0."""
+    flat = F.pad(index.flatten(), (0, index.numel() % 2), value=CODEBOOK.index(0.0)).to(torch.uint8)
+    return flat[0::2] << 4 | flat[1::2]
 
 
 def chunk_of(device: torch.device) -> int:

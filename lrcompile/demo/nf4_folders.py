@@ -32,6 +32,8 @@ def save_nf4(folder: Path, model: nn.Module) -> None:
     done = quantization_of(model)
     if done is None:
         raise ModelError(f"this {type(model).__name__} is not quantized; call lrcompile.quantize first")
+    if done.allocation is not None:
+        raise ModelError("a folder holds NF4 alone, and this model was quantized within a budget; export it instead")
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     card = {

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from lrcompile.deployment.declaring import Declared, Examples
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
 from lrcompile.passes.base import Pass, Program, Result
@@ -17,11 +18,22 @@ from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.integer_inputs import IntegerInputs
+from lrcompile.passes.integers_from_nf4 import IntegersFromNf4
 from lrcompile.passes.merge_adapters import MergeAdapters
-from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, nf4_sites, site_of
+from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, integer_sites, nf4_sites, site_of
+from lrcompile.passes.pipeline import chain
 from lrcompile.passes.tensors import Tensors
+from lrcompile.verifying.requantized import requantized
 
 FORMS = ("auto", "merge", "inline")
+NF4_FORMS: dict[str, IntegersFromNf4 | None] = {
+    "exact": None,
+    "portable": None,
+    "int8": IntegersFromNf4(bits=8, block_size=64),
+    "int4": IntegersFromNf4(bits=4, block_size=32),
+}
+"""How NF4 weights leave, and the approximation that is, if it is one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Plan:
     adapters: str = "auto"
     into: str | None = None
     quantize: str | None = None
+    nf4_form: str = "exact"
 
     def __post_init__(self) -> None:
         if self.adapters == "inputs":
@@ -44,6 +57,8 @@ class Plan:
             raise ExportError(f"into={self.into!r}: choose one of {', '.join(map(repr, DTYPES))}")
         if self.quantize not in (None, "nf4"):
             raise ExportError(f"quantize={self.quantize!r}: 'nf4' is the format there is")
+        if self.nf4_form not in NF4_FORMS:
+            raise ExportError(f"nf4_form={self.nf4_form!r}: choose one of {', '.join(map(repr, NF4_FORMS))}")
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,12 @@ class Deployed:
     pipeline: str
     adapters: dict[str, Any]
     nf4: list[str]
+    integers: list[str]
+    """Linear maps whose weight was integers before."""
     stored: torch.dtype | None
     """The dtype of weights that a merge dequantized."""
+    declared: Declared | None = None
+    """What the form of the NF4 weights costs, where it is an approximation."""
 
 
 @dataclass
@@ -65,24 +84,30 @@ class _Sites:
     trained: list[str] = field(default_factory=list)
     """With an adapter that does something; an update of zero and a gain of one are in every weight already."""
     nf4: list[str] = field(default_factory=list)
+    rewritten: bool = False
+    """Are NF4 weights something else by now?"""
 
     def __call__(self, each: Pass, program: Program) -> Callable[[Result], None]:
         def after(_: Result) -> None:
             if each.name in (DropZeroAdapters.name, DropUnitGains.name):
                 self.trained = adapted_sites(program.exported)
-            if each.name != ExpandNf4.name:
+            self.rewritten |= each.name in (ExpandNf4.name, IntegersFromNf4.name)
+            if not self.rewritten:
                 self.nf4 = nf4_sites(program.exported)
 
         return after
 
 
-def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool) -> Deployed:
-    """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers.
+def deploy(
+    exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool, examples: Examples = ((), {})
+) -> Deployed:
+    """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers, and
+    run on `examples` where NF4 weights leave in a form that is an approximation.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
     _refuse_broken(exported)
-    stored, sites = nf4_sites(exported), adapted_sites(exported)
+    stored, sites, of_integers = nf4_sites(exported), adapted_sites(exported), integer_sites(exported)
     form = _form(plan, stored)
     on_nf4 = [site for site in sites if site in stored] if form == "merge" else []
     if on_nf4 and plan.into is None:
@@ -93,10 +118,18 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
         )
     if plan.quantize and form == "inline":
         _refuse_readers(exported)
-    pipeline = pipelines.deploy(form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4)
+    integers = NF4_FORMS[plan.nf4_form]
+    pipeline = pipelines.deploy(
+        form, into=plan.into, quantize=plan.quantize is not None, keep_nf4=keep_nf4, integers=integers
+    )
     program = Program(exported, model)
     seen = _Sites()
-    steps = {step.spec: step.result for step in pipeline.run(program, seen)}
+
+    def reference() -> nn.Module:
+        return requantized(model, seen.nf4, form == "merge") if plan.quantize else model
+
+    declared = Declared((IntegersFromNf4.name, IntegerInputs.name), reference, examples)
+    steps = {step.spec: step.result for step in pipeline.run(program, chain(seen, declared))}
     kept = (
         dict.fromkeys(seen.trained, "kept beside the weight")
         if form == "inline"
@@ -107,9 +140,22 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
         raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
     if plan.quantize and not seen.nf4:
         raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
+    if plan.nf4_form != "exact" and not (seen.nf4 or of_integers):
+        raise ExportError(
+            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
+            " model, or give quantize='nf4'"
+        )
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
-    return Deployed(program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""))
+    return Deployed(
+        program=program,
+        pipeline=str(pipeline),
+        adapters=adapters,
+        nf4=seen.nf4,
+        integers=of_integers,
+        stored=DTYPES.get(plan.into or ""),
+        declared=declared if integers else None,
+    )
 
 
 def _refuse_broken(exported: ExportedProgram) -> None:

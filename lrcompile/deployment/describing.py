@@ -14,6 +14,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile.deployment.capture import Captured, renamed
+from lrcompile.deployment.declaring import Declared
 from lrcompile.verifying.replay import unit_roundoff
 from lrcompile.verifying.verdict import Limits
 
@@ -51,13 +52,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dict[str, Any]:
-    """What the file is held to; weights `stored` more narrowly than the model computes (`inner`) add their rounding."""
+def limits(
+    has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None, declared: Declared | None = None
+) -> dict[str, Any]:
+    """What the file is held to; weights `stored` more narrowly than the model computes (`inner`) add their rounding, an
+    approximate form what it was measured to cost.
+    """
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
-    reason = _REASON + (_REASON_NF4 if has_nf4 else "")
+    reason = _REASON + (_REASON_NF4 if has_nf4 and declared is None else "")
     if wider > 1:
         reason += f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
-    return {"limits": Limits(bound_ratio=_BOUND * wider).to_dict(), "limits_reason": reason}
+    held = Limits(bound_ratio=_BOUND * wider)
+    if declared is not None:
+        held, reason = declared.limits(held), reason + declared.reason
+    return {"limits": held.to_dict(), "limits_reason": reason}
 
 
 def ports(captured: Captured) -> dict[str, Any]:

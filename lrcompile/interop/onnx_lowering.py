@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lrcompile.deployment.capture import Captured, renamed
 from lrcompile.errors import ExportError
+from lrcompile.interop import onnx_integers, onnx_nf4
 from lrcompile.interop.onnx_attention import zero_unattended
-from lrcompile.interop.onnx_nf4 import expand_absmax, translation
+from lrcompile.interop.onnx_nf4 import expand_absmax
 from lrcompile.passes.base import Pending
 
 OPSETS = range(18, 26)  # torch's translations start at 18, and its converter has no way to 26
@@ -31,8 +32,11 @@ _LOWEST_IR, _HIGHEST_IR = 10, 13
 _LARGE = 1024  # elements; smaller tensors are constants rather than weights and may be folded
 
 
-def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None = None) -> ir.Model:
+def lower(
+    captured: Captured, pending: Mapping[str, Pending], opset: int | None = None, *, portable_nf4: bool = False
+) -> ir.Model:
     """The ONNX model of a captured program; `pending` weights are computed when written. The program is consumed.
+    `portable_nf4`: NF4 codes are read by standard operators alone.
 
     Raises ExportError for an opset out of range and for an operation ONNX has no form of.
     """
@@ -47,7 +51,7 @@ def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None 
                 verbose=False,
                 opset_version=opset,
                 output_names=list(captured.outputs),
-                custom_translation_table=translation(),
+                custom_translation_table={**onnx_nf4.translation(portable_nf4), **onnx_integers.translation()},
             )
         except torch.onnx.OnnxExporterError as error:
             # its own text is advice on reporting bugs to PyTorch; the causes are what the user can act on

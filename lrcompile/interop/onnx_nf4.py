@@ -71,20 +71,39 @@ def expand_absmax(program: ExportedProgram) -> list[str]:
     return names
 
 
-def translation() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `torch.onnx.export(custom_translation_table=…)`; the program's block maxima are expanded."""
-    return {NF4_LINEAR: _translate}
+def translation(portable: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For `torch.onnx.export(custom_translation_table=…)`; the program's block maxima are expanded. `portable`: in
+    standard ONNX throughout.
+    """
+    return {NF4_LINEAR: _translate_portable if portable else _translate}
 
 
 def _translate(
     x: Any, codes: Any, absmax: Any, absmax_scale: Any, absmax_offset: Any, bias: Any,
     out_features: int, in_features: int, block_size: int, transposed: bool, compute_dtype: int,
 ) -> Any:  # fmt: skip
+    return _translated(
+        x, codes, absmax, bias, out_features, in_features, block_size, transposed, compute_dtype,
+        has_kernel(out_features, in_features, block_size, transposed),
+    )  # fmt: skip
+
+
+def _translate_portable(
+    x: Any, codes: Any, absmax: Any, absmax_scale: Any, absmax_offset: Any, bias: Any,
+    out_features: int, in_features: int, block_size: int, transposed: bool, compute_dtype: int,
+) -> Any:  # fmt: skip
+    return _translated(x, codes, absmax, bias, out_features, in_features, block_size, transposed, compute_dtype, False)
+
+
+def _translated(
+    x: Any, codes: Any, absmax: Any, bias: Any, out_features: int, in_features: int, block_size: int, transposed: bool,
+    compute_dtype: int, by_kernel: bool,
+) -> Any:  # fmt: skip
     outside = x.dtype
     double = compute_dtype == ir.DataType.DOUBLE
     compute = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
     given = x if outside == compute else op.Cast(x, to=compute)
-    if has_kernel(out_features, in_features, block_size, transposed) and not double:
+    if by_kernel and not double:
         y = _matmul_bnb4(
             given, codes, absmax, K=in_features, N=out_features, block_size=block_size, quant_type=_NF4, transB=1
         )

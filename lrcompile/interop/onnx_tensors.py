@@ -47,6 +47,8 @@ def check_operator(path: Path, node: onnx.NodeProto, tensors: dict[str, Any]) ->
     """Bytes beyond its inputs that a node is known to allocate; refuses packed weights whose sizes do not fit."""
     if node.op_type == "MatMulBnb4":
         return _matmul_bnb4(path, node, tensors)
+    if node.op_type == "MatMulNBits":
+        return _matmul_nbits(path, node, tensors)
     index = _SHAPED_BY_INPUT.get(node.op_type)
     if index is None or len(node.input) <= index or node.input[index] not in tensors:
         return 0
@@ -76,14 +78,32 @@ def _matmul_bnb4(path: Path, node: onnx.NodeProto, tensors: dict[str, Any]) -> i
         raise VerificationError(f"{where} has N = {rows}, K = {columns}; N·K must lie between 1 and 2³¹ - 1")
     if block not in _BLOCK_SIZES or given.get("quant_type", 0) not in (0, 1) or given.get("transB", 1) != 1:
         raise VerificationError(f"{where} needs a block size of {_BLOCK_SIZES}, quant_type 0 or 1, and transB = 1")
-    wanted = {1: (rows * columns + 1) // 2, 2: -(-rows * columns // block)}
+    _require_counts(where, node, tensors, {1: (rows * columns + 1) // 2, 2: -(-rows * columns // block)})
+    return 4 * rows * columns
+
+
+def _matmul_nbits(path: Path, node: onnx.NodeProto, tensors: dict[str, Any]) -> int:
+    """MatMulNBits decodes its whole weight in some of its kernels, whatever the packed sizes are."""
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    rows, columns, block, bits = given.get("N", 0), given.get("K", 0), given.get("block_size", 0), given.get("bits", 4)
+    where = f"{path}: node {node.name!r} (MatMulNBits)"
+    if not (rows > 0 and columns > 0 and rows * columns < 2**31):
+        raise VerificationError(f"{where} has N = {rows}, K = {columns}; N·K must lie between 1 and 2³¹ - 1")
+    if block not in _BLOCK_SIZES or bits not in (2, 4, 8):
+        raise VerificationError(f"{where} needs a block size of {_BLOCK_SIZES} and 2, 4 or 8 bits")
+    blocks = rows * -(-columns // block)
+    _require_counts(where, node, tensors, {1: blocks * block * bits // 8, 2: blocks})
+    return 4 * rows * columns
+
+
+def _require_counts(where: str, node: onnx.NodeProto, tensors: dict[str, Any], wanted: dict[int, int]) -> None:
+    """Do the inputs at these places, where they are held tensors, have so many elements?"""
     for index, count in wanted.items():
         tensor = tensors.get(node.input[index]) if len(node.input) > index else None
         if tensor is not None and math.prod(tensor.dims) != count:
             raise VerificationError(
                 f"{where}: {tensor.name!r} has {math.prod(tensor.dims)} elements, {count} are needed"
             )
-    return 4 * rows * columns
 
 
 def check_external(path: Path, tensor: onnx.TensorProto, size: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lrcompile.errors import TargetError
+from lrcompile.integers.modules import is_integers
 from lrcompile.nf4.modules import is_nf4
 from lrcompile.sites import ADAPTERS
 from lrcompile.sites.linear import conv1d, keeps_forward, refusal_of
@@ -53,6 +54,8 @@ def _is_linear_map(module: nn.Module) -> bool:
 def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if is_nf4(module):
         return "it is stored as NF4 already"
+    if is_integers(module):
+        return "it is stored as integers already"
     if ADAPTERS in module._modules:
         return "it carries an adapter; quantize before apply, or after merge(model, final=True)"
     if "forward" in module.__dict__:

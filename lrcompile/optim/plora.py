@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrcompile.building import base_weight
 from lrcompile.errors import AdapterError, MergeError
-from lrcompile.merging import LOSS_LIMIT
+from lrcompile.mergeable import LIMIT
 from lrcompile.optim.rule import Rule, Step
 from lrcompile.optim.stages import trained_tensors
 from lrcompile.recipes.forms.adapter import Start
@@ -118,7 +118,7 @@ class Unload(Rule):
                     f"the update at {site.name!r} after step {number} holds values that are not finite; nothing was"
                     " unloaded"
                 )
-            if lost > LOSS_LIMIT:
+            if lost > LIMIT:
                 raise MergeError(
                     f"the unload after step {number} would lose {lost:.0%} of the update at {site.name!r} to rounding"
                     f" to {weight_of(self.model, site).dtype}; nothing was unloaded. Train on a float32 base"

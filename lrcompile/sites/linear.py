@@ -77,6 +77,8 @@ def refusal_of(module: nn.Module) -> str | None:
     if weight is None:
         if "weight_codes" in module._buffers:
             return None
+        if "weight_integers" in module._buffers:
+            return "its weight is stored as integers, for deployment; adapt the model before it is quantized so"
         if is_int8(module):
             return (
                 "an adapter holds its weight in INT8 and trains it; lrcompile.remove(model, keep_trained_weights=True)"

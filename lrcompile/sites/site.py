@@ -50,3 +50,8 @@ class Site:
     @property
     def parameter(self) -> str:
         return f"{self.host}.{self.slot}" if self.host else self.slot
+
+    @property
+    def watchable(self) -> bool:
+        """Is the weight the one of a linear layer that is called as a module, so that hooks see what comes in?"""
+        return self.graph is None and self.kind in ("linear", "conv1d")

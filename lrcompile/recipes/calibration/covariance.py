@@ -11,6 +11,7 @@ from lrcompile.batches import Loss
 from lrcompile.errors import TargetError
 from lrcompile.recipes.calibration.inputs import Inputs
 from lrcompile.specs import Spec
+from lrcompile.watching import SecondMoments
 
 
 class Covariance(Inputs):
@@ -21,15 +22,13 @@ class Covariance(Inputs):
     """
 
     def run(self, data: Iterable[Any], loss: Loss | None) -> tuple[Spec, Mapping[str, Tensor]]:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._found = SecondMoments()
         self.watch(data)
-        for name, total in self._sums.items():
-            if not total.diagonal().any():
+        means = self._found.means()
+        for name, mean in means.items():
+            if not mean.diagonal().any():
                 raise TargetError(f"the input of {name!r} is zero on all of this data, so it has no main directions")
-        return self.spec, {site.name: self._sums[site.name] / self._counts[site.name] for site in self.sites}
+        return self.spec, means
 
     def take(self, name: str, x: Tensor) -> None:
-        product = (x.mT @ x).cpu()
-        self._sums[name] = self._sums[name].add_(product) if name in self._sums else product
-        self._counts[name] = self._counts.get(name, 0) + len(x)
+        self._found.take(name, x)

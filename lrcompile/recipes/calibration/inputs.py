@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrcompile.batches import Batch, fitted, run, taken
-from lrcompile.errors import AdapterError, TargetError
 from lrcompile.recipes.calibration import Calibration
 from lrcompile.sites.site import Site
-from lrcompile.undisturbed import set_mode, undisturbed
+from lrcompile.watching import watch
 
 
 class Inputs(Calibration):
-    """Shows every site's input, `[tokens, in]`, to `take`, in evaluation mode and without gradients.
-
-    Padding does not count: of a batch with an `attention_mask` only the tokens it keeps, wherever a site's input has
-    its shape. The loss is not needed and not called.
+    """Shows every site's input, `[tokens, in]`, to `take` (see `watching.watch`). The loss is not needed and not
+    called.
     """
 
     ignored_label: int | None = None
@@ -28,7 +22,7 @@ class Inputs(Calibration):
 
     @classmethod
     def refusal(cls, site: Site) -> str | None:
-        if site.graph is None and site.kind in ("linear", "conv1d"):
+        if site.watchable:
             return None
         return "what comes into it cannot be watched, as it is no nn.Linear or Conv1D that is called as a module"
 
@@ -42,67 +36,16 @@ class Inputs(Calibration):
 
     def watch(self, data: Iterable[Any]) -> None:
         """Run the model on the data."""
-        seen, reached = 0, set[str]()
-        self._kept: Tensor | None = None
-        with undisturbed(self.model, self.spec.seed), torch.no_grad(), self._hooked(reached):
-            set_mode(self.model, False)
-            for given in taken(data, self.spec.batches, f"{self.spec.method}: inputs"):
-                batch = fitted(self.model, given, seen)
-                self._kept = _kept_tokens(batch, self.ignored_label)
-                run(self.model, batch, seen)
-                seen += 1
-                if self.settled():
-                    break
-            else:
-                self._note_batches(seen)
-        if dead := [site.name for site in self.sites if site.name not in reached]:
-            listed = "\n".join(f"  {name}" for name in dead[:8]) + (f"\n  … ({len(dead)} in all)" if dead[8:] else "")
-            raise TargetError(
-                f"no input reaches {len(dead)} sites on this data:\n{listed}\nTheir modules are not called (read by a"
-                " parent, not used) or see no token that counts. Exclude them, or give data that uses them."
-            )
-
-    @contextmanager
-    def _hooked(self, reached: set[str]) -> Iterator[None]:
-        def look(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                (x,) = args or kwargs.values()
-                tokens = self._tokens(x)
-                if not len(tokens):
-                    return
-                if not torch.isfinite(tokens).all():
-                    raise AdapterError(
-                        f"the input of {name!r} is not finite on this data: look at what runs before it, and at the"
-                        " range of the model's dtype"
-                    )
-                reached.add(name)
-                self.take(name, tokens)
-
-            return hook
-
-        handles = [self.model.get_submodule(site.host).register_forward_pre_hook(look(site.name), with_kwargs=True)
-                   for site in self.sites]  # fmt: skip
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        kept, wide = self._kept, x.to(torch.promote_types(x.dtype, torch.float32))
-        if kept is None or not (x.shape[:-1] == kept.shape or (x.dim() == 2 and len(x) == kept.numel())):
-            return wide.reshape(-1, x.shape[-1])
-        return wide.reshape(-1, x.shape[-1])[kept.reshape(-1).to(x.device)]
-
-
-def _kept_tokens(batch: Batch, ignored_label: int | None) -> Tensor | None:
-    """Which tokens of the batch count `[batch, length]`; None where it does not say."""
-    if not isinstance(batch, dict):
-        return None
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    kept = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if ignored_label is not None and isinstance(labels, Tensor) and labels.dim() == 2:
-        counted = labels != ignored_label
-        if kept is None or kept.shape == counted.shape:
-            kept = counted if kept is None else kept & counted
-    return kept
+        seen = watch(
+            self.model,
+            {site.name: site.host for site in self.sites},
+            data,
+            self.take,
+            label=f"{self.spec.method}: inputs",
+            most=self.spec.batches,
+            seed=self.spec.seed,
+            ignored_label=self.ignored_label,
+            settled=self.settled,
+        )
+        if not self.settled():
+            self._note_batches(seen)

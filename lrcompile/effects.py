@@ -1,0 +1,35 @@
+"""How much of an adapter's effect a change of a weight keeps: of the weight itself, or of what the layer puts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The change R that was made beside the change D that was meant, both as vectors."""
+
+    share: float
+    """⟨R, D⟩/‖D‖²: the part of D that is there; 1 where D is 0."""
+    cosine: float
+    """⟨R, D⟩/(‖R‖·‖D‖); 1 where D is 0."""
+    error: float
+    """‖R − D‖/‖D‖: what is missing of D, and what was added that D does not have; 0 where D is 0."""
+
+
+def effect(made: Tensor, meant: Tensor, moments: Tensor | None = None) -> Effect:
+    """Of two changes of one weight `[..., out, in]`, in float64; with the second moments H `[in, in]` of the inputs, of
+    the changes of the layer's outputs: ⟨X·Rᵀ, X·Dᵀ⟩ = T·tr(R·H·Dᵀ).
+    """
+    made, meant = made.double(), meant.double()
+    weighted = (lambda change: change) if moments is None else (lambda change: change @ moments.to(change))
+    size2, made2 = float((meant * weighted(meant)).sum()), float((made * weighted(made)).sum())
+    if not size2 > 0:
+        return Effect(1.0, 1.0, 0.0)
+    inner = float((made * weighted(meant)).sum())
+    gap = made - meant
+    lost2 = max(float((gap * weighted(gap)).sum()), 0.0)
+    cosine = inner / (size2 * made2) ** 0.5 if made2 > 0 else 0.0
+    return Effect(inner / size2, cosine, (lost2 / size2) ** 0.5)
