@@ -7,15 +7,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lrcompile.checkpointing.base_print import print_of
 from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
-from lrcompile.deployment.deploying import Deployed, Plan, deploy
+from lrcompile.deployment.deploying import Deployed, Plan, deploy, deploy_slots
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
+from lrcompile.deployment.swapping import Swappable, slotted
 from lrcompile.errors import ExportError, require
+from lrcompile.state import state_of
 from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
@@ -68,7 +72,10 @@ def export(
     else is a constant of it. `dynamic_shapes`: None lets dimension 0 of every tensor and dimension 1 of integer tensors
     vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight
     while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
-    one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
+    one; "inputs" writes the base, and each adapter of the model as `<stem>.<adapter>.onnx_adapter` for ONNX Runtime's
+    adapter API: per site A `[in, rank]` and s·B `[rank, out]` as inputs of the graph that have rank 0 as long as no
+    adapter is active, gains that are 1, and what else an adapter trained with the base's values (`lrcompile.session`
+    runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
     linear maps of the exported copy as NF4. `opset`: 18 to 25.
 
     The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
@@ -91,6 +98,17 @@ def export(
         raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
+    if plan.adapters == "inputs" and path.suffix != ".onnx":
+        raise ExportError(f"adapters='inputs' is for .onnx: an AOTInductor package has no inputs with defaults ({path})")
+    if plan.adapters == "inputs":
+        with slotted(model) as slots:  # to the last byte: the program's tensors are the model's own
+            with _status(f"capturing {type(model).__name__}"):
+                captured = capture(model, example_inputs, dynamic_shapes)
+                deployed = deploy_slots(captured.program, slots, plan)
+            manifest = _manifest(path, model, plan, captured, deployed)
+            manifest["adapters"]["base"] = print_of(model, state_of(model), tuple(slots.holds))
+            _write_onnx(path, captured, deployed, manifest, opset, slots.adapters)
+        return Export(path, manifest, model, example_inputs)
     with _status(f"capturing {type(model).__name__}"):
         captured = capture(model, example_inputs, dynamic_shapes)
         deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")
@@ -117,20 +135,32 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
 
 
 def _write_onnx(
-    path: Path, captured: Captured, deployed: Deployed, manifest: dict[str, Any], opset: int | None
+    path: Path,
+    captured: Captured,
+    deployed: Deployed,
+    manifest: dict[str, Any],
+    opset: int | None,
+    adapters: tuple[Swappable, ...] = (),
 ) -> None:
+    from lrcompile.interop.onnx_adapters import Interface, file_name, write_adapter
     from lrcompile.interop.onnx_lowering import lower
     from lrcompile.interop.onnx_writing import write
 
+    files = {}
+    for name, entry in manifest["adapters"].get("files", {}).items():
+        entry["file"] = file_name(path, name)
+    for each in adapters:
+        fitted = Interface.of(path, {**manifest, "sha256": {}}).fitted(each.tensors, f"adapter {each.name!r}")
+        files[file_name(path, each.name)] = partial(write_adapter, tensors=fitted)
     with _status(f"lowering to {path.name}"):
-        lowered = lower(captured, deployed.program.pending, opset)
+        lowered = lower(captured, deployed.program.pending, opset, deployed.inputs)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
 
     def describe(hashes: dict[str, str]) -> bytes:
         manifest["sha256"] = dict(hashes)
         return encoded(manifest)
 
-    write(lowered, path, _SESSION, describe)
+    write(lowered, path, _SESSION, describe, files)
 
 
 def _write_package(

@@ -30,6 +30,7 @@ _BUILT_IN = {
     "expand-hadamard": "expand_hadamard:ExpandHadamard",
     "expand-lora": "expand_lora:ExpandLora",
     "expand-nf4": "expand_nf4:ExpandNf4",
+    "expand-slots": "expand_slots:ExpandSlots",
     "fold-factors": "fold_factors:FoldFactors",
     "fold-gains": "fold_gains:FoldGains",
     "fold-scale": "fold_scale:FoldScale",

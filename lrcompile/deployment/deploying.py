@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from lrcompile.deployment.swapping import GraphInput, Slots
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
 from lrcompile.passes.base import Pass, Program, Result
@@ -17,11 +18,12 @@ from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.expand_slots import ExpandSlots
 from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, nf4_sites, site_of
 from lrcompile.passes.tensors import Tensors
 
-FORMS = ("auto", "merge", "inline")
+FORMS = ("auto", "merge", "inline", "inputs")
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,14 @@ class Plan:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        if self.adapters == "inputs":
-            raise ExportError(
-                "adapters='inputs' (adapters as graph inputs, swapped at run time) is not supported in this version; "
-                f"choose one of {', '.join(map(repr, FORMS))}"
-            )
         if self.adapters not in FORMS:
             raise ExportError(f"adapters={self.adapters!r}: choose one of {', '.join(map(repr, FORMS))}")
         if self.into is not None and self.into not in DTYPES:
             raise ExportError(f"into={self.into!r}: choose one of {', '.join(map(repr, DTYPES))}")
         if self.quantize not in (None, "nf4"):
             raise ExportError(f"quantize={self.quantize!r}: 'nf4' is the format there is")
+        if self.into is not None and self.adapters == "inputs":
+            raise ExportError(f"into={self.into!r} says what a merge makes of NF4 weights; adapters='inputs' folds nothing")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,10 @@ class Deployed:
     pipeline: str
     adapters: dict[str, Any]
     nf4: list[str]
-    stored: torch.dtype | None
+    stored: torch.dtype | None = None
     """The dtype of weights that a merge dequantized."""
+    inputs: tuple[GraphInput, ...] = ()
+    """What adapters are given through when the graph runs."""
 
 
 @dataclass
@@ -110,6 +111,46 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""))
+
+
+def deploy_slots(exported: ExportedProgram, slots: Slots, plan: Plan) -> Deployed:
+    """Run the passes of a graph that is given its adapters when it runs; `exported` was captured with `slots` in place.
+
+    Raises ExportError for a site that cannot be given one, and for a weight to be quantized that an adapter replaces or
+    is a function of.
+    """
+    if plan.quantize:
+        _form(plan, nf4_sites(exported))  # refuses what is quantized already
+        if readers := slots.reads_weights:
+            raise ExportError(
+                f"quantize='nf4' beside adapter {readers[0]!r}, whose gains are a function of the weights that would be"
+                " quantized. Quantize the model first, lrcompile.quantize(model, 'nf4'), or give adapters='merge'"
+            )
+    pipeline = pipelines.deploy_slots(quantize=plan.quantize is not None)
+    program = Program(exported, slots.model)
+    steps = pipeline.run(program)
+    refusals = [refusal for step in steps for refusal in step.result.refusals if step.spec == ExpandSlots.name]
+    if refusals:
+        reasons = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals)
+        raise ExportError(f"adapters='inputs' cannot make an input of {reasons}")
+    inputs, unread = slots.inputs(exported)
+    stored = nf4_sites(exported)
+    taken = {f"{site}.weight" for site in stored}
+    if lost := [name for each in slots.adapters for name in each.parameters if plan.quantize and name in taken]:
+        raise ExportError(
+            f"quantize='nf4' would store {lost[0]}, which an adapter trained in full. Quantize the model first, without"
+            f" it: lrcompile.quantize(model, 'nf4', exclude=[{lost[0].removesuffix('.weight')!r}])"
+        )
+    files = {each.name: each.to_dict() for each in slots.adapters}
+    adapters = {
+        "form": "inputs",
+        "folded": [],
+        "inline": {},
+        "inputs": [each.to_dict() for each in inputs],
+        "unread": list(unread),
+        "files": files,
+    }
+    return Deployed(program, str(pipeline), adapters, stored, inputs=inputs)
 
 
 def _refuse_broken(exported: ExportedProgram) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx
@@ -21,7 +21,9 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from lrcompile.deployment.capture import Captured
+from lrcompile.deployment.swapping import GraphInput
 from lrcompile.errors import ExportError
+from lrcompile.interop.onnx_inputs import give_defaults, open_inputs
 from lrcompile.interop.onnx_nf4 import expand_absmax, translation
 from lrcompile.passes.base import Pending
 
@@ -31,8 +33,11 @@ _LOWEST_IR, _HIGHEST_IR = 10, 13
 _LARGE = 1024  # elements; smaller tensors are constants rather than weights and may be folded
 
 
-def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None = None) -> ir.Model:
-    """The ONNX model of a captured program; `pending` weights are computed when written. The program is consumed.
+def lower(
+    captured: Captured, pending: Mapping[str, Pending], opset: int | None = None, inputs: Sequence[GraphInput] = ()
+) -> ir.Model:
+    """The ONNX model of a captured program; `pending` weights are computed when written, the tensors that `inputs` name
+    become inputs with a default. The program is consumed.
 
     Raises ExportError for an opset out of range and for an operation ONNX has no form of.
     """
@@ -59,11 +64,13 @@ def lower(captured: Captured, pending: Mapping[str, Pending], opset: int | None 
             f"the model's operations cannot be expressed in opset {opset}; try the default, {DEFAULT_OPSET}"
         )
     _install(model, pending)
+    opened = open_inputs(model, inputs)
     _fold_transposes(model)
     protected = {
         name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])
     }
     onnxscript.optimizer.optimize_ir(model, should_fold=_unless_reading(protected))
+    give_defaults(model, opened)
     _rename_dimensions(model, captured.dimensions)
     _forget_machine(model)
     model.producer_name = "lrcompile"
