@@ -34,6 +34,8 @@ _HOME = {
     "load": "checkpoints",
     "export": "exporting",
     "Export": "exporting",
+    "export_adapter": "swapping",
+    "session": "swapping",
     "verify": "verification",
     "Verdict": "verification",
     "Limits": "verification",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from lrcompile.reporting import Report as Report
     from lrcompile.reporting import report as report
     from lrcompile.specs import Spec as Spec
+    from lrcompile.swapping import export_adapter as export_adapter
+    from lrcompile.swapping import session as session
     from lrcompile.specs import spec as spec
     from lrcompile.stepping import compile_step as compile_step
     from lrcompile.verification import Limits as Limits

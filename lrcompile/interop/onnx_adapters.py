@@ -44,6 +44,11 @@ def write_adapter(path: Path, digest: str, tensors: Mapping[str, Tensor]) -> Non
     made.export_adapter(os.fspath(path))
 
 
+def takes_adapters(manifest: Mapping[str, Any]) -> bool:
+    said = manifest.get("adapters")
+    return isinstance(said, dict) and said.get("form") == "inputs"
+
+
 @dataclass(frozen=True)
 class Interface:
     """What a manifest says of the inputs that adapters may bind, and of the adapters there are."""
@@ -61,12 +66,10 @@ class Interface:
     @classmethod
     def of(cls, path: Path, manifest: Mapping[str, Any]) -> Interface:
         """Raises `AdapterError` for a manifest that does not have the form of one."""
-        said, hashes = manifest.get("adapters"), manifest.get("sha256")
-        if not isinstance(said, dict) or said.get("form") != "inputs":
-            form = said.get("form") if isinstance(said, dict) else None
-            raise AdapterError(
-                f"{path} takes no adapters: it was exported with adapters={form!r}; export it with adapters='inputs'"
-            )
+        said: Any = manifest.get("adapters")
+        hashes = manifest.get("sha256")
+        if not takes_adapters(manifest):
+            raise AdapterError(f"{path} takes no adapters; export it with adapters='inputs'")
         try:
             inputs = {str(port["name"]): (str(port["dtype"]), _shape(port["shape"])) for port in said["inputs"]}
             files = {str(name): _entry(path, name, entry) for name, entry in said["files"].items()}
@@ -87,6 +90,16 @@ class Interface:
             raise ExportError(f"{what} does not fit {self.path.name}: {lost[0]} leaves the range of {cast[lost[0]].dtype}")
         return cast
 
+    def require_weights(self, adapters: Mapping[str, float]) -> None:
+        """Raise `AdapterError` for an adapter whose file holds it with another weight."""
+        for name, weight in adapters.items():
+            held = self.files[name].get("weight") if name in self.files else weight
+            if held != weight:
+                raise AdapterError(
+                    f"the model has adapter {name!r} active with weight {weight}, its file beside {self.path.name} holds"
+                    f" it with {held}: write it anew with lrcompile.export_adapter(model, path, {name!r})"
+                )
+
     def load(self, names: Iterable[str]) -> list[Any]:
         """The adapters called so, for `RunOptions.add_active_adapter`.
 
@@ -94,7 +107,7 @@ class Interface:
         damaged, and for two that act at one place.
         """
         chosen, taken = [], {}
-        for name in names:
+        for name in dict.fromkeys(names):
             if name not in self.files:
                 raise AdapterError(
                     f"{self.path.name} has no adapter {name!r}; it has {', '.join(map(repr, self.files)) or 'none'}."

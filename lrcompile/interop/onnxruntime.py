@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import VerificationError, require
+from lrcompile.errors import AdapterError, VerificationError, require
+from lrcompile.interop.onnx_adapters import Interface
 from lrcompile.interop.onnx_safety import check
 from lrcompile.verifying.outputs import Inputs
 from lrcompile.verifying.provenance import Step, scope_values
@@ -32,22 +33,43 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class OnnxRunner:
-    """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries."""
+    """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries.
 
-    def __init__(self, path: Path, session: Mapping[str, Any] | None = None):
+    `interface` says which adapters there are where the file takes them as inputs, `active` which of them a run is given.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        session: Mapping[str, Any] | None = None,
+        interface: Interface | None = None,
+        active: tuple[str, ...] = (),
+    ):
         self.label = path.name
+        self._interface = interface
+        self._loaded: dict[tuple[str, ...], list[Any]] = {}
+        self.active = active
         self._path = path
         self._settings = _settings(session or {})
         self._model = check(path)
+        self._adapters(active)
         self._session = self._open(self._model)
 
     @property
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
-        return {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+        settings = {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+        return settings if self._interface is None else {**settings, "adapters": list(self.active)}
 
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        return self._run(self._session, [output.name for output in self._model.graph.output], inputs)
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those there are."""
+        return tuple(self._interface.files) if self._interface is not None else ()
+
+    def run(self, inputs: Inputs, adapters: str | Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The outputs by name. `adapters`: one or several that act in this run, () for none; None: the `active` ones."""
+        active = self.active if adapters is None else _names(adapters)
+        return self._run(self._session, [output.name for output in self._model.graph.output], inputs, active)
 
     def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """The values of the reference's places, all from one run of one session in which they are marked as outputs."""
@@ -61,7 +83,7 @@ class OnnxRunner:
         marked.CopyFrom(self._model)
         present = {output.name for output in marked.graph.output}
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
-        return matched(leaving, self._run(self._open(marked), wanted, inputs), shapes) if wanted else {}
+        return matched(leaving, self._run(self._open(marked), wanted, inputs, self.active), shapes) if wanted else {}
 
     def _open(self, model: onnx.ModelProto) -> Any:
         ort = require("onnxruntime", "onnx")
@@ -79,11 +101,25 @@ class OnnxRunner:
         with _typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _run(self, session: Any, names: list[str], inputs: Inputs) -> dict[str, Tensor]:
+    def _adapters(self, names: tuple[str, ...]) -> list[Any]:
+        if names and self._interface is None:
+            raise AdapterError(f"{self._path} takes no adapters; export it with adapters='inputs'")
+        if names not in self._loaded:
+            self._loaded[names] = self._interface.load(names) if self._interface is not None else []
+        return self._loaded[names]
+
+    def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
         feed = _feed(self._path, session, inputs)
+        options = require("onnxruntime", "onnx").RunOptions()
+        for adapter in self._adapters(active):
+            options.add_active_adapter(adapter)
         with _typed(self._path):
-            values = session.run(names, feed)
+            values = session.run(names, feed, options)
         return {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
+
+
+def _names(adapters: str | Iterable[str]) -> tuple[str, ...]:
+    return (adapters,) if isinstance(adapters, str) else tuple(adapters)
 
 
 def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
