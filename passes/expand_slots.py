@@ -6,47 +6,44 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrcompile.passes.base import Equivalence, Pass, Program, Refusal, Result
-from lrcompile.passes.nodes import EXPERTS, GAIN, HADAMARD, INPUT_GAIN, LOOKUP, LORA, call, site_of, tidy
+from lrcompile.passes.nodes import EXPERTS, GAIN, HADAMARD, LOOKUP, LORA, call, site_of, tidy
 from lrcompile.passes.tensors import Tensors, substitute
 
 aten = torch.ops.aten
 
-INPUTS = {"A": "lora_A.weight", "B": "lora_B.weight"}
-"""What the factors of a site are called in the program; gains keep their names."""
+TURNED = {"A": "lora_A", "B": "lora_B"}
+"""What the turned factors are called, beside those they are made of."""
 
 
 @dataclass(frozen=True)
 class ExpandSlots(Pass[Program]):
-    """lora(y, x, A, B, s) = y + (x·Aᵀ)·(s·Bᵀ): `<site>.lora_A.weight` `[in, rank]`, `<site>.lora_B.weight` `[rank, out]`.
+    """lora(y, x, A, B, s) = y + (x·Aᵀ)·(s·Bᵀ), Aᵀ `[in, rank]` held as `lora_A` beside A, s·Bᵀ `[rank, out]` as `lora_B`.
 
     That is the form of ONNX Runtime's adapters, and nothing the graph then says depends on the rank. Lookups read rows
-    of Aᵀ, experts each row's own pair. gain(y, g, c) = y + (g − 1) ⊙ (y − c) with `<site>.<name of g>` held, and the g
-    of an input gain takes such a name too. Refuses active dropout and operands that are computed, not held.
+    of Aᵀ, experts each row's own pair. gain(y, g, c) = y + (g − 1) ⊙ (y − c), g − 1 not held. Refuses active dropout
+    and operands that are computed, not held.
     """
 
     name: ClassVar[str] = "expand-slots"
     preserves: ClassVar[Equivalence] = "reassociation"
 
     def apply(self, program: Program) -> Result:
-        names, count, refusals = _Names(program), 0, []
+        factors, count, refusals = _Factors(program), 0, []
         for node in list(program.exported.graph.nodes):
             build = _BUILD.get(node.target)
             if build is None:
                 continue
             try:
                 with program.exported.graph.inserting_before(node):
-                    result = build(node, names)
+                    result = build(node, factors)
             except _Left as reason:
-                refusals.append(Refusal(site_of(node, names.tensors), str(reason)))
+                refusals.append(Refusal(site_of(node, factors.tensors), str(reason)))
                 continue
-            if result is None:
-                continue
-            if result is not node:
-                result.meta = {**node.meta}
-                substitute(program.exported, node, result)
+            result.meta = {**node.meta}
+            substitute(program.exported, node, result)
             count += 1
         if count:
             tidy(program.exported)
@@ -57,8 +54,8 @@ class _Left(Exception):
     """Why a node stays."""
 
 
-class _Names:
-    """The operands of adapter nodes as tensors of their site, made once each."""
+class _Factors:
+    """The factors of adapter nodes the other way round, each made once."""
 
     def __init__(self, program: Program):
         self.tensors = Tensors(program.exported)
@@ -70,67 +67,54 @@ class _Names:
         view = self.tensors.view(node.args[index])
         if view is None:
             raise _Left("its factors are computed, not held")
-        source = self._held(view.source, INPUTS[letter], lambda held: (held.to(dtype) * scale).mT, scale, dtype)
+        source = self._turned(view.source, letter, scale, dtype)
         if not view.steps:
             return source
         back = call(node.graph, aten.transpose.int, source, -2, -1)
         return call(node.graph, aten.transpose.int, view.rebuilt(back), -2, -1)
 
-    def gain(self, node: fx.Node) -> fx.Node:
-        g = node.args[1]
-        if self.tensors.target(g) is None:
-            raise _Left("its gain is computed, not held")
-        assert isinstance(g, fx.Node)
-        return self._held(g, self.tensors.targets[g.name].rpartition(".")[2], lambda held: held)
-
-    def _held(self, source: fx.Node, name: str, change: Any, *key: Any) -> fx.Node:
-        if (source, *key) not in self.made:
-            value: Tensor = change(self.tensors.get(source))
-            named = f"{_site(self.tensors.targets[source.name])}.{name}".lstrip(".")
-            self.made[(source, *key)] = self.tensors.add(named, value.contiguous(), self.first)
-        return self.made[(source, *key)]
+    def _turned(self, source: fx.Node, letter: str, scale: float, dtype: torch.dtype) -> fx.Node:
+        key = (source, letter, scale, dtype)
+        if key not in self.made:
+            beside = self.tensors.targets[source.name].rpartition(".")[0]
+            value = (self.tensors.get(source).to(dtype) * scale).mT.contiguous()
+            self.made[key] = self.tensors.add(f"{beside}.{TURNED[letter]}".lstrip("."), value, self.first)
+        return self.made[key]
 
 
-def _site(target: str) -> str:
-    """Whose the held tensor `target` is; sites may share no tensor here, so its name tells."""
-    host, mark, rest = target.partition("lrcompile_adapters.")
-    slot = rest.partition(".")[0]
-    return (host + ("" if slot == "weight" else slot)).rstrip(".") if mark else target.rpartition(".")[0]
-
-
-def _pair(node: fx.Node, names: _Names) -> tuple[fx.Node, fx.Node]:
-    scale = names.tensors.value(node.args[4])
+def _pair(node: fx.Node, factors: _Factors) -> tuple[fx.Node, fx.Node]:
+    scale = factors.tensors.value(node.args[4])
     if scale is None:
         raise _Left("its scale is computed, not held")
     dtype = _dtype(node.args[0])
-    return names.turned(node, 2, "A", 1.0, dtype), names.turned(node, 3, "B", float(scale), dtype)
+    return factors.turned(node, 2, "A", 1.0, dtype), factors.turned(node, 3, "B", float(scale), dtype)
 
 
-def _lora(node: fx.Node, names: _Names) -> fx.Node:
+def _lora(node: fx.Node, factors: _Factors) -> fx.Node:
     if len(node.args) > 5 and node.args[5]:
         raise _Left("its dropout is active")
     y, x = node.args[:2]
-    A, B = _pair(node, names)
+    A, B = _pair(node, factors)
     graph = node.graph
     code = call(graph, aten.matmul.default, _cast(x, _dtype(y)), A)
     return call(graph, aten.add.Tensor, y, call(graph, aten.matmul.default, code, B))
 
 
-def _lookup(node: fx.Node, names: _Names) -> fx.Node:
+def _lookup(node: fx.Node, factors: _Factors) -> fx.Node:
     y, ids = node.args[:2]
-    A, B = _pair(node, names)
+    A, B = _pair(node, factors)
     code = call(node.graph, aten.embedding.default, A, ids)
     return call(node.graph, aten.add.Tensor, y, call(node.graph, aten.matmul.default, code, B))
 
 
-def _experts(node: fx.Node, names: _Names) -> fx.Node:
+def _experts(node: fx.Node, factors: _Factors) -> fx.Node:
     """Each row's own pair is gathered, as a captured mixture gathers each row's own weight."""
     y, x, _, _, _, experts, *rest = node.args
     if rest and rest[0]:
         raise _Left("its dropout is active")
     if experts.meta["val"].dim() != 1:  # type: ignore[union-attr]
         raise _Left("its rows are not one list")
-    A, B = _pair(node, names)
+    A, B = _pair(node, factors)
     graph, count = node.graph, A.meta["val"].shape[0]
     known = call(graph, aten.clamp.default, experts, 0, count - 1)  # an index of `count` means no expert
     own_A, own_B = (call(graph, aten.index_select.default, each, 0, known) for each in (A, B))
@@ -140,22 +124,17 @@ def _experts(node: fx.Node, names: _Names) -> fx.Node:
     return call(graph, aten.add.Tensor, y, call(graph, aten.masked_fill.Scalar, more, absent, 0.0))
 
 
-def _gain(node: fx.Node, names: _Names) -> fx.Node:
+def _gain(node: fx.Node, factors: _Factors) -> fx.Node:
     y, _, kept = (*node.args, None)[:3]
-    graph, g, dtype = node.graph, names.gain(node), _dtype(y)
-    less = _cast(call(graph, aten.sub.Tensor, g, 1.0), dtype)
+    if factors.tensors.target(node.args[1]) is None:
+        raise _Left("its gain is computed, not held")
+    graph, dtype = node.graph, _dtype(y)
+    less = _cast(call(graph, aten.sub.Tensor, node.args[1], 1.0), dtype)
     moved = y if kept is None else call(graph, aten.sub.Tensor, y, _cast(kept, dtype))
     return call(graph, aten.add.Tensor, y, call(graph, aten.mul.Tensor, less, moved))
 
 
-def _input_gain(node: fx.Node, names: _Names) -> fx.Node | None:
-    if "lrcompile_adapters." not in (names.tensors.target(node.args[1]) or "lrcompile_adapters."):
-        return None  # it has its name
-    node.update_arg(1, names.gain(node))
-    return node
-
-
-def _refuse(node: fx.Node, names: _Names) -> fx.Node:
+def _refuse(node: fx.Node, factors: _Factors) -> fx.Node:
     raise _Left("its update is as large as the weight")
 
 
@@ -164,7 +143,6 @@ _BUILD = {
     LOOKUP: _lookup,
     EXPERTS: _experts,
     GAIN: _gain,
-    INPUT_GAIN: _input_gain,
     HADAMARD: _refuse,
 }
 

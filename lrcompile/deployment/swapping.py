@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lrcompile.adapters import ADAPTERS
 from lrcompile.errors import ExportError
-from lrcompile.passes.expand_slots import INPUTS
+from lrcompile.passes.expand_slots import TURNED
 from lrcompile.recipes.forms.adapter import Adapter, NotSwappable
+from lrcompile.recipes.forms.hosted import wide_dtype
 from lrcompile.recipes.forms.slot import NAME, PAIR, Slot
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, has_state, state_of
@@ -80,16 +82,15 @@ class Slots:
         found, unread = [], []
         for site, held in self.holds.items():
             for part in sorted(held):
-                wanted = [input_name(name, part) for name in site.names]
-                name = next((each for each in wanted if each in program.state_dict), None)
-                if name is None:
-                    unread.append(wanted[0])
+                name, held_as = input_name(site.name, part), _slot_tensor(program, site, part)
+                if held_as is None:
+                    unread.append(name)
                     continue
-                tensor, shape = program.state_dict[name], [int(size) for size in program.state_dict[name].shape]
-                dimensions: list[int | str] = [*shape]
+                tensor = program.state_dict[held_as]
+                shape: list[int | str] = [*tensor.shape]
                 if part in PAIR:
-                    dimensions[-1 if part == "A" else -2] = f"{site.name}.rank"
-                found.append(GraphInput(wanted[0], name, tensor.dtype, tuple(dimensions)))
+                    shape[-1 if part == "A" else -2] = f"{site.name}.rank"
+                found.append(GraphInput(name, held_as, tensor.dtype, tuple(shape)))
         for name in dict.fromkeys(name for each in self.adapters for name in each.parameters):
             parameter = self.model.get_parameter(name)
             held_as = _held_as(program, parameter)
@@ -102,8 +103,24 @@ class Slots:
         return tuple(found), tuple(unread)
 
 
+_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight"}  # as PEFT calls them
+
+
 def input_name(site: str, part: str) -> str:
-    return f"{site}.{INPUTS.get(part, part)}".lstrip(".")
+    """What the graph calls its input for this part of a slot."""
+    return f"{site}.{_NAMES.get(part, part)}".lstrip(".")
+
+
+def _slot_tensor(program: ExportedProgram, site: Site, part: str) -> str | None:
+    """The name under which the program reads this part of the slot at `site`; None where it does not."""
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    held = {str(spec.target) for spec in program.graph_signature.input_specs if spec.arg.name in read}
+    for name in site.names:
+        host = name if site.slot == "weight" else name.removesuffix(site.slot).rstrip(".")
+        wanted = f"{host}.{ADAPTERS}.{site.slot}.{NAME}.{TURNED.get(part, part)}".lstrip(".")
+        if wanted in held:
+            return wanted
+    return None
 
 
 @contextmanager
@@ -204,9 +221,11 @@ def _weighted(adapter: Adapter, weight: float) -> Iterator[None]:
 def _slot(model: nn.Module, site: Site, holds: frozenset[str]) -> Slot:
     beside = next(iter(adapter_set(model, site)._modules.values()))
     device = beside.scale.device  # type: ignore[union-attr]
+    host = submodule(model, site.host)
+    dtype = wide_dtype(host) if holds - set(PAIR) else torch.float32  # gains near one keep their digits
     made = Slot(
         site.in_features, site.out_features, _RANK, 1.0,
-        holds=holds, transposed=site.transposed, copies=site.copies, device=device,
+        holds=holds, transposed=site.transposed, copies=site.copies, dtype=dtype, device=device,
     )  # fmt: skip
     return made.eval()
 
