@@ -100,10 +100,10 @@ if TYPE_CHECKING:
     from lrcompile.reporting import Report as Report
     from lrcompile.reporting import report as report
     from lrcompile.specs import Spec as Spec
-    from lrcompile.swapping import export_adapter as export_adapter
-    from lrcompile.swapping import session as session
     from lrcompile.specs import spec as spec
     from lrcompile.stepping import compile_step as compile_step
+    from lrcompile.swapping import export_adapter as export_adapter
+    from lrcompile.swapping import session as session
     from lrcompile.verification import Limits as Limits
     from lrcompile.verification import Verdict as Verdict
     from lrcompile.verification import verify as verify

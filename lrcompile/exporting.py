@@ -74,12 +74,14 @@ def export(
     while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
     one; "inputs" writes the base, and each adapter of the model as `<stem>.<adapter>.onnx_adapter` for ONNX Runtime's
     adapter API: per site A `[in, rank]` and s·B `[rank, out]` as inputs of the graph that have rank 0 as long as no
-    adapter is active, gains that are 1, and what else an adapter trained with the base's values (`lrcompile.session`
-    runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
-    linear maps of the exported copy as NF4. `opset`: 18 to 25.
+    adapter is active, gains that are then 1, and the base's values of what an adapter trained in full
+    (`lrcompile.session` runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"):
+    what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the exported copy as NF4. `opset`: 18
+    to 25.
 
-    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
-    appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
+    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB), adapters and
+    `<stem>.manifest.json` appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old
+    ones are intact.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
     path = Path(path)
@@ -99,7 +101,7 @@ def export(
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
     if plan.adapters == "inputs" and path.suffix != ".onnx":
-        raise ExportError(f"adapters='inputs' is for .onnx: an AOTInductor package has no inputs with defaults ({path})")
+        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
     if plan.adapters == "inputs":
         with slotted(model) as slots:  # to the last byte: the program's tensors are the model's own
             with _status(f"capturing {type(model).__name__}"):

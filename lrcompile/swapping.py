@@ -60,13 +60,14 @@ def export_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | N
 
 
 def session(path: str | os.PathLike[str], adapters: str | Iterable[str] = ()) -> OnnxRunner:
-    """An ONNX Runtime session over the graph that `export` has written at `path`: `.run(inputs, adapters=…)` gives the
-    outputs by name, `.adapters` says which adapters there are, `adapters` names those that act where `run` is told none.
+    """An ONNX Runtime session over a graph that `export` has written at `path`: `.run(inputs, adapters=…)` gives the
+    outputs by name, `.adapters` says which adapters there are.
 
-    A dict of inputs is given by name, a tuple in order; without adapters a graph with adapters as inputs is the base.
-    ONNX Runtime itself takes an adapter's file on trust. Here it has to be the file that the manifest describes, for this
-    very graph, with the graph's names, shapes and dtypes, whole pairs and finite numbers, and no two adapters may act
-    at one site (`AdapterError`; `VerificationError` for what is wrong with the graph or its inputs).
+    Inputs: a dict by name, or a tuple in order, of tensors or arrays. `adapters`: one or several that act where `run`
+    is told nothing else; with none, a graph whose adapters are inputs computes its base. ONNX Runtime itself takes an
+    adapter's file on trust. Here it has to be the one that the manifest describes, for this very graph, with its names,
+    shapes and dtypes, whole pairs and finite numbers, and no two may act at one site (`AdapterError`;
+    `VerificationError` for what is wrong with the graph or its inputs).
     """
     path = Path(path)
     require("onnxruntime", "onnx")

@@ -54,6 +54,6 @@ def deploy(
 
 
 def deploy_slots(*, quantize: bool = False) -> Pipeline:
-    """The passes of an export whose adapters come when it runs: what stands in for them keeps its place and its name."""
+    """The passes of an export whose adapters come when it runs: nothing that stands in for them is folded."""
     none: tuple[Pass, ...] = ()
     return Pipeline((ExpandSlots(), FuseInputGains(), *((QuantizeNf4(),) if quantize else none)))

@@ -20,7 +20,7 @@ TURNED = {"A": "lora_A", "B": "lora_B"}
 
 @dataclass(frozen=True)
 class ExpandSlots(Pass[Program]):
-    """lora(y, x, A, B, s) = y + (x·Aᵀ)·(s·Bᵀ), Aᵀ `[in, rank]` held as `lora_A` beside A, s·Bᵀ `[rank, out]` as `lora_B`.
+    """lora(y, x, A, B, s) = y + (x·Aᵀ)·(s·Bᵀ): Aᵀ `[in, rank]` is held as `lora_A`, s·Bᵀ `[rank, out]` as `lora_B`.
 
     That is the form of ONNX Runtime's adapters, and nothing the graph then says depends on the rank. Lookups read rows
     of Aᵀ, experts each row's own pair. gain(y, g, c) = y + (g − 1) ⊙ (y − c), g − 1 not held. Refuses active dropout

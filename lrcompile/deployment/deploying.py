@@ -42,7 +42,7 @@ class Plan:
         if self.quantize not in (None, "nf4"):
             raise ExportError(f"quantize={self.quantize!r}: 'nf4' is the format there is")
         if self.into is not None and self.adapters == "inputs":
-            raise ExportError(f"into={self.into!r} says what a merge makes of NF4 weights; adapters='inputs' folds nothing")
+            raise ExportError(f"into={self.into!r} says what a merge makes of weights; adapters='inputs' folds nothing")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from lrcompile.adapters import ADAPTERS
 from lrcompile.errors import ExportError
@@ -22,6 +21,7 @@ from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, has_state, state_of
 from lrcompile.switching import rewrite_graphs, switched_off
 from lrcompile.walking import submodule
+from lrcompile.wording import listed
 from lrcompile.written import written_by
 
 _RANK = 2  # of what stands in for a pair while a graph is captured, where no rank may leave a trace
@@ -79,28 +79,38 @@ class Slots:
 
     def inputs(self, program: ExportedProgram) -> tuple[tuple[GraphInput, ...], tuple[str, ...]]:
         """The graph inputs that a captured program has a tensor for, and the names of those it never reads."""
-        found, unread = [], []
-        for site, held in self.holds.items():
-            for part in sorted(held):
-                name, held_as = input_name(site.name, part), _slot_tensor(program, site, part)
-                if held_as is None:
+        found, unread, held = [], [], _read(program)
+        for site, parts in self.holds.items():
+            for part in sorted(parts):
+                name = input_name(site.name, part)
+                target = next((each for each in _slot_names(site, part) if each in held), None)
+                if target is None:
                     unread.append(name)
                     continue
-                tensor = program.state_dict[held_as]
-                shape: list[int | str] = [*tensor.shape]
+                shape: list[int | str] = [*held[target].shape]
                 if part in PAIR:
                     shape[-1 if part == "A" else -2] = f"{site.name}.rank"
-                found.append(GraphInput(name, held_as, tensor.dtype, tuple(shape)))
+                found.append(GraphInput(name, target, held[target].dtype, tuple(shape)))
+        places: dict[tuple[int, torch.Size], list[str]] = {}
+        for target, tensor in held.items():
+            places.setdefault((tensor.data_ptr(), tensor.shape), []).append(target)
         for name in dict.fromkeys(name for each in self.adapters for name in each.parameters):
             parameter = self.model.get_parameter(name)
-            held_as = _held_as(program, parameter)
-            if not held_as:
-                unread.append(name)
-            found += [
-                GraphInput(name if index == 0 else target, target, parameter.dtype, tuple(parameter.shape))
-                for index, target in enumerate(held_as)
-            ]
+            match places.get((parameter.data_ptr(), parameter.shape), []):
+                case [target]:
+                    found.append(GraphInput(name, target, parameter.dtype, tuple(parameter.shape)))
+                case []:
+                    unread.append(name)
+                case several:
+                    raise ExportError(f"{name}, which an adapter trained in full, is in the graph as {listed(several)}")
         return tuple(found), tuple(unread)
+
+
+def _read(program: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors of the program that it reads."""
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    names = [str(spec.target) for spec in program.graph_signature.input_specs if spec.arg.name in used]
+    return {name: program.state_dict[name] for name in names if name in program.state_dict}
 
 
 _NAMES = {"A": "lora_A.weight", "B": "lora_B.weight"}  # as PEFT calls them
@@ -111,16 +121,11 @@ def input_name(site: str, part: str) -> str:
     return f"{site}.{_NAMES.get(part, part)}".lstrip(".")
 
 
-def _slot_tensor(program: ExportedProgram, site: Site, part: str) -> str | None:
-    """The name under which the program reads this part of the slot at `site`; None where it does not."""
-    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    held = {str(spec.target) for spec in program.graph_signature.input_specs if spec.arg.name in read}
+def _slot_names(site: Site, part: str) -> Iterator[str]:
+    """What a program may call this part of the slot at `site`, whose module may go by several names."""
     for name in site.names:
         host = name if site.slot == "weight" else name.removesuffix(site.slot).rstrip(".")
-        wanted = f"{host}.{ADAPTERS}.{site.slot}.{NAME}.{TURNED.get(part, part)}".lstrip(".")
-        if wanted in held:
-            return wanted
-    return None
+        yield f"{host}.{ADAPTERS}.{site.slot}.{NAME}.{TURNED.get(part, part)}".lstrip(".")
 
 
 @contextmanager
@@ -230,20 +235,8 @@ def _slot(model: nn.Module, site: Site, holds: frozenset[str]) -> Slot:
     return made.eval()
 
 
-def _held_as(program: ExportedProgram, parameter: nn.Parameter) -> list[str]:
-    """The names by which the program reads `parameter`."""
-    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    return [
-        str(spec.target)
-        for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.PARAMETER
-        and spec.arg.name in read
-        and program.state_dict[str(spec.target)].data_ptr() == parameter.data_ptr()
-    ]
-
-
 def _refuse_taken(model: nn.Module, slots: Slots) -> None:
     own = set(model.state_dict())
     names = {input_name(each, part) for site, held in slots.holds.items() for each in site.names for part in held}
     if taken := sorted(own & names):
-        raise ExportError(f"the model has a tensor called {taken[0]!r} itself, which an adapter's input is to be called")
+        raise ExportError(f"the model itself has a tensor {taken[0]!r}, which is to be the name of an adapter's input")

@@ -87,7 +87,8 @@ class Interface:
             raise ExportError(f"{what} does not fit {self.path.name}: {'; '.join(faults)}")
         cast = {name: tensor.to(getattr(torch, self.inputs[name][0])) for name, tensor in read.items()}
         if lost := [name for name, tensor in cast.items() if not bool(torch.isfinite(tensor).all())]:
-            raise ExportError(f"{what} does not fit {self.path.name}: {lost[0]} leaves the range of {cast[lost[0]].dtype}")
+            dtype = self.inputs[lost[0]][0]
+            raise ExportError(f"{what} does not fit {self.path.name}: {lost[0]} leaves the range of {dtype}")
         return cast
 
     def require_weights(self, adapters: Mapping[str, float]) -> None:
@@ -96,8 +97,8 @@ class Interface:
             held = self.files[name].get("weight") if name in self.files else weight
             if held != weight:
                 raise AdapterError(
-                    f"the model has adapter {name!r} active with weight {weight}, its file beside {self.path.name} holds"
-                    f" it with {held}: write it anew with lrcompile.export_adapter(model, path, {name!r})"
+                    f"the model has adapter {name!r} active with weight {weight}, its file beside {self.path.name} has"
+                    f" {held}: write it anew with lrcompile.export_adapter(model, path, {name!r})"
                 )
 
     def load(self, names: Iterable[str]) -> list[Any]:
@@ -163,8 +164,9 @@ class Interface:
             if name not in self.inputs:
                 continue
             wanted = self.inputs[name][1]
-            fits = len(shape) == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, shape))
-            if not fits:
+            if len(shape) != len(wanted) or any(
+                isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)
+            ):
                 faults.append(f"{name} is {list(shape)}, the graph takes {list(wanted)}")
                 continue
             for size, symbol in zip(shape, wanted, strict=True):
@@ -189,7 +191,8 @@ def _place(name: str) -> str:
 
 
 def _shape(sizes: Any) -> tuple[int | str, ...]:
-    if not isinstance(sizes, list) or not all(isinstance(each, str) or (type(each) is int and each >= 0) for each in sizes):
+    known = isinstance(sizes, list) and all(type(each) in (str, int) for each in sizes)
+    if not known or any(isinstance(each, int) and each < 0 for each in sizes):
         raise ValueError(f"{sizes!r} is no shape")
     return tuple(sizes)
 

@@ -56,11 +56,11 @@ def write(
     ):
         temporary.write_bytes(_serialized(model, path))
         hashes[path.name] = sha256(temporary)
+        _try(temporary, session)
         for name, fill in (companions or {}).items():
             other = others.enter_context(atomic_file(path.with_name(name), error=ExportError))
             fill(other, hashes[path.name])
             hashes[name] = sha256(other)
-        _try(temporary, session)
         described.write_bytes(describe(hashes))
         sync(described)
     _remove_stale(path, hashes)

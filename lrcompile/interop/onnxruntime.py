@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -35,7 +36,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 class OnnxRunner:
     """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries.
 
-    `interface` says which adapters there are where the file takes them as inputs, `active` which of them a run is given.
+    `interface` says which adapters there are where the file takes them as inputs, `active` which of them act.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class OnnxRunner:
         return tuple(self._interface.files) if self._interface is not None else ()
 
     def run(self, inputs: Inputs, adapters: str | Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The outputs by name. `adapters`: one or several that act in this run, () for none; None: the `active` ones."""
+        """The outputs by name. `adapters`: one or several that act in this run, () for none; None: those `active`."""
         active = self.active if adapters is None else _names(adapters)
+        inputs = pytree.tree_map(lambda each: torch.from_numpy(each) if isinstance(each, np.ndarray) else each, inputs)
         return self._run(self._session, [output.name for output in self._model.graph.output], inputs, active)
 
     def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

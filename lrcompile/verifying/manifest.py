@@ -17,8 +17,8 @@ from lrcompile.verifying.verdict import Limits
 
 @dataclass(frozen=True)
 class Artefact:
-    """What the manifest says, and all of its `data`; `stale` has a sentence for each file of the model that is no longer
-    the one it describes. (Adapters beside the model are looked at when they are loaded.)
+    """What the manifest says, and all of its `data`; `stale` has a sentence for each file of the model that is not the
+    one it describes any more. (Adapters beside the model are looked at when they are loaded.)
     """
 
     limits: Limits | None = None
