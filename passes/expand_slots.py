@@ -62,11 +62,18 @@ class _Factors:
         self.made: dict[tuple[Any, ...], fx.Node] = {}
         self.first = next(node for node in program.exported.graph.nodes if node.op == "placeholder")
 
-    def turned(self, node: fx.Node, index: int, letter: str, scale: float, dtype: torch.dtype) -> fx.Node:
-        """The transpose of a factor, times `scale`; of a part of one, the transpose of the same part."""
-        view = self.tensors.view(node.args[index])
-        if view is None:
-            raise _Left("its factors are computed, not held")
+    def pair(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Aᵀ and s·Bᵀ in the dtype of y; of a part of a factor, the same part."""
+        views, scale = [self.tensors.view(factor) for factor in node.args[2:4]], self.tensors.value(node.args[4])
+        if scale is None or any(view is None for view in views):
+            raise _Left("its factors or its scale are computed, not held")
+        A, B = (
+            self._part(node, view, letter, by, _dtype(node.args[0]))
+            for view, letter, by in zip(views, "AB", (1.0, float(scale)), strict=True)
+        )
+        return A, B
+
+    def _part(self, node: fx.Node, view: Any, letter: str, scale: float, dtype: torch.dtype) -> fx.Node:
         source = self._turned(view.source, letter, scale, dtype)
         if not view.steps:
             return source
@@ -82,19 +89,11 @@ class _Factors:
         return self.made[key]
 
 
-def _pair(node: fx.Node, factors: _Factors) -> tuple[fx.Node, fx.Node]:
-    scale = factors.tensors.value(node.args[4])
-    if scale is None:
-        raise _Left("its scale is computed, not held")
-    dtype = _dtype(node.args[0])
-    return factors.turned(node, 2, "A", 1.0, dtype), factors.turned(node, 3, "B", float(scale), dtype)
-
-
 def _lora(node: fx.Node, factors: _Factors) -> fx.Node:
     if len(node.args) > 5 and node.args[5]:
         raise _Left("its dropout is active")
     y, x = node.args[:2]
-    A, B = _pair(node, factors)
+    A, B = factors.pair(node)
     graph = node.graph
     code = call(graph, aten.matmul.default, _cast(x, _dtype(y)), A)
     return call(graph, aten.add.Tensor, y, call(graph, aten.matmul.default, code, B))
@@ -102,7 +101,7 @@ def _lora(node: fx.Node, factors: _Factors) -> fx.Node:
 
 def _lookup(node: fx.Node, factors: _Factors) -> fx.Node:
     y, ids = node.args[:2]
-    A, B = _pair(node, factors)
+    A, B = factors.pair(node)
     code = call(node.graph, aten.embedding.default, A, ids)
     return call(node.graph, aten.add.Tensor, y, call(node.graph, aten.matmul.default, code, B))
 
@@ -114,7 +113,7 @@ def _experts(node: fx.Node, factors: _Factors) -> fx.Node:
         raise _Left("its dropout is active")
     if experts.meta["val"].dim() != 1:  # type: ignore[union-attr]
         raise _Left("its rows are not one list")
-    A, B = _pair(node, factors)
+    A, B = factors.pair(node)
     graph, count = node.graph, A.meta["val"].shape[0]
     known = call(graph, aten.clamp.default, experts, 0, count - 1)  # an index of `count` means no expert
     own_A, own_B = (call(graph, aten.index_select.default, each, 0, known) for each in (A, B))
