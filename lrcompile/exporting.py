@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrcompile.checkpointing.base_print import print_of
 from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
-from lrcompile.deployment.deploying import Deployed, Plan, deploy, deploy_slots
+from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
-from lrcompile.deployment.swapping import Swappable, slotted
+from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
-from lrcompile.state import state_of
 from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
@@ -102,21 +100,13 @@ def export(
     refuse_meta(model, "export", ExportError)
     if plan.adapters == "inputs" and path.suffix != ".onnx":
         raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
-    if plan.adapters == "inputs":
-        with slotted(model) as slots:  # to the last byte: the program's tensors are the model's own
-            with _status(f"capturing {type(model).__name__}"):
-                captured = capture(model, example_inputs, dynamic_shapes)
-                deployed = deploy_slots(captured.program, slots, plan)
-            manifest = _manifest(path, model, plan, captured, deployed)
-            manifest["adapters"]["base"] = print_of(model, state_of(model), tuple(slots.holds))
-            _write_onnx(path, captured, deployed, manifest, opset, slots.adapters)
-        return Export(path, manifest, model, example_inputs)
-    with _status(f"capturing {type(model).__name__}"):
-        captured = capture(model, example_inputs, dynamic_shapes)
-        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx")
-    manifest = _manifest(path, model, plan, captured, deployed)
     write = _write_onnx if path.suffix == ".onnx" else _write_package
-    write(path, captured, deployed, manifest, opset)
+    with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
+        with _status(f"capturing {type(model).__name__}"):
+            captured = capture(model, example_inputs, dynamic_shapes)
+            deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx", slots=slots)
+        manifest = _manifest(path, model, plan, captured, deployed)
+        write(path, captured, deployed, manifest, opset)
     return Export(path, manifest, model, example_inputs)
 
 
@@ -137,12 +127,7 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
 
 
 def _write_onnx(
-    path: Path,
-    captured: Captured,
-    deployed: Deployed,
-    manifest: dict[str, Any],
-    opset: int | None,
-    adapters: tuple[Swappable, ...] = (),
+    path: Path, captured: Captured, deployed: Deployed, manifest: dict[str, Any], opset: int | None
 ) -> None:
     from lrcompile.interop.onnx_adapters import Interface, file_name, write_adapter
     from lrcompile.interop.onnx_lowering import lower
@@ -151,7 +136,7 @@ def _write_onnx(
     files = {}
     for name, entry in manifest["adapters"].get("files", {}).items():
         entry["file"] = file_name(path, name)
-    for each in adapters:
+    for each in deployed.swappable:
         fitted = Interface.of(path, {**manifest, "sha256": {}}).fitted(each.tensors, f"adapter {each.name!r}")
         files[file_name(path, each.name)] = partial(write_adapter, tensors=fitted)
     with _status(f"lowering to {path.name}"):

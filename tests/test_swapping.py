@@ -1,4 +1,4 @@
-"""Adapters as inputs of an ONNX graph: swapped in one session of real ONNX Runtime, each as its eager model computes."""
+"""Adapters as inputs of an ONNX graph: swapped in one session of ONNX Runtime, each as its eager model computes."""
 
 from __future__ import annotations
 
@@ -145,9 +145,8 @@ def test_the_graph_has_an_input_with_a_default_for_each_part_and_no_number_of_an
     gains = {"0.row_gain": [HIDDEN], "3.row_gain": [OUT]}
     full = {"0.bias": [HIDDEN], "3.bias": [OUT], "4.weight": [OUT], "4.bias": [OUT]}
     assert shapes == {"input": ["batch", IN], **pairs, **gains, **full}
-    assert {name: size for name, size in ((port["name"], port["shape"]) for port in exported.manifest["adapters"]["inputs"])} == {
-        **pairs, **gains, **full,
-    }  # fmt: skip
+    ports = {port["name"]: port["shape"] for port in exported.manifest["adapters"]["inputs"]}
+    assert ports == {**pairs, **gains, **full}
     assert all(held[name].size == 0 for name in pairs)
     assert all((held[name] == 1).all() for name in gains)
     base = _mlp().state_dict()
@@ -168,7 +167,7 @@ def test_files_hold_the_scale_in_b_and_only_what_their_adapter_trained(made):
     set_of = model[3].lrcompile_adapters.weight
     np.testing.assert_allclose(held["large"]["3.lora_B.weight"], (9 / 2**0.5 * set_of["large"].B.T).detach(), rtol=1e-6)
     np.testing.assert_array_equal(held["small"]["3.lora_A.weight"], set_of["small"].A.detach().T)
-    assert "0.bias" in held["small"] and "4.bias" in held["small"] and "4.weight" not in held["small"]
+    assert {name for name in held["small"] if "lora" not in name} == {"0.bias", "3.bias", "4.bias"}
     assert set(held["turned"]) - set(held["large"]) == {"0.row_gain", "3.row_gain", "4.weight", "4.bias"}
     said = exported.manifest["adapters"]["files"]
     assert said["large"]["sites"] == {"0": {"rank": 16, "scale": 4.0}, "3": {"rank": 2, "scale": 9 / 2**0.5}}
@@ -187,7 +186,8 @@ def test_the_model_is_left_exactly_as_it_was(tmp_path):
     before, active = _bits(model), [module.training for module in model.modules()]
     exported = lrcompile.export(model, tmp_path / "m.onnx", X, adapters="inputs")
     after = _bits(model)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert active == [module.training for module in model.modules()]
     assert exported.verify().ok
     _holds(model, exported.path, "turned")
@@ -312,7 +312,8 @@ def test_further_adapters_of_random_names_and_ranks_fit_the_graph_that_is_there(
     for _ in range(8):
         name = drawn.choice("aZ7") + "".join(drawn.choices(letters, k=drawn.randrange(12)))
         fields: dict[str, Any] = {
-            "rank": drawn.randint(1, 7), "alpha": drawn.choice([1, 3.5, 32]), "rank_pattern": {"0": drawn.randint(1, 9)},
+            "rank": drawn.randint(1, 7), "alpha": drawn.choice([1, 3.5, 32]),
+            "rank_pattern": {"0": drawn.randint(1, 9)},
             "alpha_pattern": {"3": drawn.randint(1, 9)}, "scaling": drawn.choice(["alpha/r", "alpha/sqrt(r)"]),
             "targets": drawn.choice([["0"], SITES, SITES]), "bias": drawn.choice(["none", "lora_only", "all"]),
         }  # fmt: skip
@@ -320,7 +321,7 @@ def test_further_adapters_of_random_names_and_ranks_fit_the_graph_that_is_there(
             fields["alpha_pattern"] = {}
         _add(base, name, drawn.choice(["lora", "dora"]), **fields)
         file = lrcompile.export_adapter(base, copied, name)
-        assert file == copied.with_name(f"m.{name}.onnx_adapter") and file.is_file()
+        assert file == copied.with_name(f"m.{name}.onnx_adapter")
         _holds(base, copied, name)
     assert len(lrcompile.session(copied).adapters) == 11
     _holds(base, copied, "large")
@@ -347,15 +348,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another weight below an adapter": (
         lambda: _other(lambda m: m[3].weight.add_(1)), r"is not the base that m\.onnx.*weight of 3 has other values"
     ),
-    "another weight elsewhere": (lambda: _other(lambda m: m[4].weight.add_(1)), r"weights at 0, 3 are the same, others"),
-    "a base stored otherwise": (lambda: _other(lambda m: lrcompile.quantize(m, "nf4", targets=["3"])), "another form|3"),
+    "another weight elsewhere": (
+        lambda: _other(lambda m: m[4].weight.add_(1)), r"weights at 0, 3 are the same, others"
+    ),
+    "a base stored otherwise": (
+        lambda: _other(lambda m: lrcompile.quantize(m, "nf4", targets=["3"])), r"another form.*3 \(float32, here nf4\)"
+    ),
     "a trained module the graph has no input for": (
         lambda: _add(_mlp(), "new", rank=2, train_modules=["0"], targets=["3"]), r"no input 0\.weight"
     ),
     "gains of inputs": (
         lambda: _add(_mlp(), "new", "ia3", feedforward=["3"]), r"no input 0\.output_gain, 3\.input_gain"
     ),
-    "an update as large as its weight": (lambda: _add(_mlp(), "new", "hira", rank=2), r"hira.*cannot be an input.*W ⊙ BA"),
+    "an update as large as its weight": (
+        lambda: _add(_mlp(), "new", "hira", rank=2), r"hira.*cannot be an input.*W ⊙ BA"
+    ),
     "a broken adapter": (
         lambda: _broken(_add(_mlp(), "new", rank=2)), r"'new' holds NaN or infinite values at 0\.lora_A\.weight"
     ),
@@ -385,7 +392,7 @@ def test_a_graph_without_places_or_manifest_takes_no_adapter(tmp_path, copied):
     with pytest.raises(AdapterError, match="takes no adapters"):
         lrcompile.session(folded, "large")
     assert set(lrcompile.session(folded).run({"input": X[0].numpy()})) == {"output"}
-    with pytest.raises(AdapterError, match="'lrage'.*'small'"):
+    with pytest.raises(AdapterError, match=r"'lrage'.*'small'"):
         lrcompile.export_adapter(model, copied, "lrage")
     with pytest.raises(ExportError, match=r"no \.onnx file"):
         lrcompile.export_adapter(model, tmp_path / "nowhere.onnx", "large")
@@ -545,7 +552,7 @@ def test_killed_at_any_rename_what_is_left_is_old_or_new_or_refused(copied, what
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()
-    assert found[0] == "old" and found[-1] == "new"
+    assert (found[0], found[-1]) == ("old", "new")
     assert set(found[1:-1]) <= {"old", "refused"}
     assert signal.SIGKILL == 9
 
@@ -561,8 +568,7 @@ def test_every_method_is_swappable_or_refused_by_name(tmp_path):
         try:
             exported = lrcompile.export(model, tmp_path / f"{method}.onnx", given, adapters="inputs")
         except ExportError as error:
-            assert method in str(error)
-            refused.add(method)
+            refused.add(method if method in str(error) else str(error))
         else:
             verdict = exported.verify()
             assert verdict.ok, (method, verdict)

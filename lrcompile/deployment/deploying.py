@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from lrcompile.deployment.swapping import GraphInput, Slots
+from lrcompile.checkpointing.base_print import print_of
+from lrcompile.deployment.swapping import GraphInput, Slots, Swappable
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
 from lrcompile.passes.base import Pass, Program, Result
@@ -22,6 +23,7 @@ from lrcompile.passes.expand_slots import ExpandSlots
 from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, nf4_sites, site_of
 from lrcompile.passes.tensors import Tensors
+from lrcompile.state import state_of
 
 FORMS = ("auto", "merge", "inline", "inputs")
 
@@ -57,6 +59,8 @@ class Deployed:
     """The dtype of weights that a merge dequantized."""
     inputs: tuple[GraphInput, ...] = ()
     """What adapters are given through when the graph runs."""
+    swappable: tuple[Swappable, ...] = ()
+    """Those there are."""
 
 
 @dataclass
@@ -77,11 +81,16 @@ class _Sites:
         return after
 
 
-def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool) -> Deployed:
+def deploy(
+    exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool, slots: Slots | None = None
+) -> Deployed:
     """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers.
+    With adapters="inputs" the program was captured with `slots` in place of its adapters.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
+    if slots is not None:
+        return _deploy_slots(exported, slots, plan)
     _refuse_broken(exported)
     stored, sites = nf4_sites(exported), adapted_sites(exported)
     form = _form(plan, stored)
@@ -111,46 +120,6 @@ def deploy(exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4:
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(program, str(pipeline), adapters, seen.nf4, DTYPES.get(plan.into or ""))
-
-
-def deploy_slots(exported: ExportedProgram, slots: Slots, plan: Plan) -> Deployed:
-    """Run the passes of a graph that is given its adapters when it runs; `exported` was captured with `slots` in place.
-
-    Raises ExportError for a site that cannot be given one, and for a weight to be quantized that an adapter replaces or
-    is a function of.
-    """
-    if plan.quantize:
-        _form(plan, nf4_sites(exported))  # refuses what is quantized already
-        if readers := slots.reads_weights:
-            raise ExportError(
-                f"quantize='nf4' beside adapter {readers[0]!r}, whose gains are a function of the weights that would be"
-                " quantized. Quantize the model first, lrcompile.quantize(model, 'nf4'), or give adapters='merge'"
-            )
-    pipeline = pipelines.deploy_slots(quantize=plan.quantize is not None)
-    program = Program(exported, slots.model)
-    steps = pipeline.run(program)
-    refusals = [refusal for step in steps for refusal in step.result.refusals if step.spec == ExpandSlots.name]
-    if refusals:
-        reasons = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals)
-        raise ExportError(f"adapters='inputs' cannot make an input of {reasons}")
-    inputs, unread = slots.inputs(exported)
-    stored = nf4_sites(exported)
-    taken = {f"{site}.weight" for site in stored}
-    if lost := [name for each in slots.adapters for name in each.parameters if plan.quantize and name in taken]:
-        raise ExportError(
-            f"quantize='nf4' would store {lost[0]}, which an adapter trained in full. Quantize the model first, without"
-            f" it: lrcompile.quantize(model, 'nf4', exclude=[{lost[0].removesuffix('.weight')!r}])"
-        )
-    files = {each.name: each.to_dict() for each in slots.adapters}
-    adapters = {
-        "form": "inputs",
-        "folded": [],
-        "inline": {},
-        "inputs": [each.to_dict() for each in inputs],
-        "unread": list(unread),
-        "files": files,
-    }
-    return Deployed(program, str(pipeline), adapters, stored, inputs=inputs)
 
 
 def _refuse_broken(exported: ExportedProgram) -> None:
@@ -204,3 +173,41 @@ def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:
 
 def _kept(merge: Result | None) -> dict[str, str]:
     return {refusal.node: refusal.reason for refusal in merge.refusals} if merge is not None else {}
+
+
+def _deploy_slots(exported: ExportedProgram, slots: Slots, plan: Plan) -> Deployed:
+    """Raises ExportError for a site that cannot be given an adapter, and for a weight to be quantized that one replaces
+    or is a function of.
+    """
+    if plan.quantize:
+        _form(plan, nf4_sites(exported))  # refuses what is quantized already
+        if readers := slots.reads_weights:
+            raise ExportError(
+                f"quantize='nf4' beside adapter {readers[0]!r}, whose gains are a function of the weights that would be"
+                " quantized. Quantize the model first, lrcompile.quantize(model, 'nf4'), or give adapters='merge'"
+            )
+    pipeline = pipelines.deploy_slots(quantize=plan.quantize is not None)
+    program = Program(exported, slots.model)
+    steps = pipeline.run(program)
+    refusals = [refusal for step in steps for refusal in step.result.refusals if step.spec == ExpandSlots.name]
+    if refusals:
+        reasons = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals)
+        raise ExportError(f"adapters='inputs' cannot make an input of {reasons}")
+    inputs, unread = slots.inputs(exported)
+    stored = nf4_sites(exported)
+    taken = {f"{site}.weight" for site in stored}
+    if lost := [name for each in slots.adapters for name in each.parameters if plan.quantize and name in taken]:
+        raise ExportError(
+            f"quantize='nf4' would store {lost[0]}, which an adapter trained in full. Quantize the model first, without"
+            f" it: lrcompile.quantize(model, 'nf4', exclude=[{lost[0].removesuffix('.weight')!r}])"
+        )
+    adapters = {
+        "form": "inputs",
+        "folded": [],
+        "inline": {},
+        "inputs": [each.to_dict() for each in inputs],
+        "unread": list(unread),
+        "base": print_of(slots.model, state_of(slots.model), tuple(slots.holds)),
+        "files": {each.name: each.to_dict() for each in slots.adapters},
+    }
+    return Deployed(program, str(pipeline), adapters, stored, inputs=inputs, swappable=slots.adapters)
