@@ -55,7 +55,9 @@ def limits(has_nf4: bool, inner: torch.dtype, stored: torch.dtype | None) -> dic
     wider = 1.0 if stored is None else max(1.0, unit_roundoff(stored) / unit_roundoff(inner))
     reason = _REASON + (_REASON_NF4 if has_nf4 else "")
     if wider > 1:
-        reason += f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
+        reason += (
+            f"; bound_ratio times {wider:g}: folded weights are rounded to {str(stored).removeprefix('torch.')}"
+        )
     return {"limits": Limits(bound_ratio=_BOUND * wider).to_dict(), "limits_reason": reason}
 
 
