@@ -242,7 +242,8 @@ def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
 def test_models_of_transformers_with_every_kind_of_adapter(tmp_path, family):
     model = _family(family)
     fields: dict[str, Any] = {"targets": "all-linear"}
-    _add(model, "lora", rank=4, **fields, **({"train_modules": ["classifier"]} if family == "bert" else {}))
+    head: dict[str, Any] = {"train_modules": ["classifier"]} if family == "bert" else {}
+    _add(model, "lora", rank=4, **fields, **head)
     _add(model, "dora", "dora", rank=2, **fields)
     _add(model, "rslora", "rslora", rank=16, **fields)
     _add(model, "vera", "vera", rank=24, **fields)

@@ -107,7 +107,8 @@ class Interface:
         Raises `AdapterError` for one that is not there, not the file the manifest describes, made for another graph, or
         damaged, and for two that act at one place.
         """
-        chosen, taken = [], {}
+        chosen: list[Any] = []
+        taken: dict[str, str] = {}
         for name in dict.fromkeys(names):
             if name not in self.files:
                 raise AdapterError(
@@ -157,7 +158,8 @@ class Interface:
 
     def _misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What is wrong with these tensors as inputs of the graph, in words."""
-        faults, ranks = [], {}
+        faults: list[str] = []
+        ranks: dict[str, list[tuple[str, int]]] = {}
         if unknown := [name for name in shapes if name not in self.inputs]:
             faults.append(f"the graph has no input {listed(unknown)}")
         for name, shape in shapes.items():

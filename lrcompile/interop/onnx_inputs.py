@@ -37,7 +37,10 @@ def open_inputs(model: ir.Model, inputs: Iterable[GraphInput]) -> Opened:
 def give_defaults(model: ir.Model, opened: Opened) -> None:
     for value, default in opened:
         if not value.is_graph_input() or not value.uses():
-            raise ExportError(f"nothing in the graph reads {value.name} any more; this is a fault of lrcompile's")
+            raise ExportError(
+                f"the captured model reads {value.name} and its ONNX graph does not, so an adapter could not change it"
+                " there; give adapters='inline' or 'merge'"
+            )
         value.const_value = default
         model.graph.initializers[str(value.name)] = value
 
