@@ -23,8 +23,8 @@ class ExpandSlots(Pass[Program]):
     """lora(y, x, A, B, s) = y + (x·Aᵀ)·(s·Bᵀ): Aᵀ `[in, rank]` is held as `lora_A`, s·Bᵀ `[rank, out]` as `lora_B`.
 
     That is the form of ONNX Runtime's adapters, and nothing the graph then says depends on the rank. Lookups read rows
-    of Aᵀ, experts each row's own pair. gain(y, g, c) = y + (g − 1) ⊙ (y − c), g − 1 not held. Refuses active dropout
-    and operands that are computed, not held.
+    of Aᵀ, experts each row's own pair. gain(y, g, c) = y ⊙ g + c ⊙ (1 − g), in 16 bits
+    y + (g − 1) ⊙ (y − c). Refuses active dropout and operands that are computed, not held.
     """
 
     name: ClassVar[str] = "expand-slots"
@@ -127,10 +127,16 @@ def _gain(node: fx.Node, factors: _Factors) -> fx.Node:
     y, _, kept = (*node.args, None)[:3]
     if factors.tensors.target(node.args[1]) is None:
         raise _Left("its gain is computed, not held")
-    graph, dtype = node.graph, _dtype(y)
-    less = _cast(call(graph, aten.sub.Tensor, node.args[1], 1.0), dtype)
-    moved = y if kept is None else call(graph, aten.sub.Tensor, y, _cast(kept, dtype))
-    return call(graph, aten.add.Tensor, y, call(graph, aten.mul.Tensor, less, moved))
+    graph, dtype, g = node.graph, _dtype(y), node.args[1]
+    if dtype.itemsize < 4:  # g near one would round to it
+        less = _cast(call(graph, aten.sub.Tensor, g, 1.0), dtype)
+        moved = y if kept is None else call(graph, aten.sub.Tensor, y, _cast(kept, dtype))
+        return call(graph, aten.add.Tensor, y, call(graph, aten.mul.Tensor, less, moved))
+    scaled = call(graph, aten.mul.Tensor, y, _cast(g, dtype))
+    if kept is None:
+        return scaled
+    rest = call(graph, aten.mul.Tensor, _cast(kept, dtype), call(graph, aten.rsub.Scalar, _cast(g, dtype), 1.0))
+    return call(graph, aten.add.Tensor, scaled, rest)
 
 
 def _refuse(node: fx.Node, factors: _Factors) -> fx.Node:

@@ -122,11 +122,18 @@ def test_the_files_are_what_onnx_runtimes_own_adapter_api_takes(made):
 
 def test_without_an_adapter_the_graph_computes_what_the_base_exports_to_bit_for_bit(made, tmp_path):
     frozen = lrcompile.export(_mlp().eval(), tmp_path / "base.onnx", X).path
-    plain, session = (ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]) for path in (frozen, made[1]))
     feed = {"input": X[0].numpy()}
-    assert np.array_equal(plain.run(None, feed)[0], session.run(None, feed)[0])
+    assert np.array_equal(_as_written(frozen, feed), _as_written(made[1], feed))
     with lrcompile.disabled(made[0]):
         assert lrcompile.verify(made[0], made[1], X).ok
+
+
+def _as_written(path: Path, feed: dict[str, Any]) -> np.ndarray:
+    """The first output without ONNX Runtime's fusions of a bias with what follows it, which round in another order."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feed)[0]
 
 
 def test_the_graph_has_an_input_with_a_default_for_each_part_and_no_number_of_any_adapter(made):
@@ -251,8 +258,8 @@ def test_models_of_transformers_with_every_kind_of_adapter(tmp_path, family):
     for name in ("lora", "dora", "rslora", "vera"):
         _holds(model, path, name, inputs=_batch(3, 5))
     frozen = lrcompile.export(_family(family), tmp_path / "base.onnx", _batch(2, 8)).path
-    given = _batch(5, 13)
-    assert torch.equal(lrcompile.session(path).run(given)["logits"], lrcompile.session(frozen).run(given)["logits"])
+    feed = {name: value.numpy() for name, value in _batch(5, 13).items()}
+    assert np.array_equal(_as_written(path, feed), _as_written(frozen, feed))
 
 
 @pytest.mark.slow
@@ -448,6 +455,15 @@ def test_a_weight_of_activate_is_part_of_the_file_and_noticed_where_it_differs(t
         exported.verify()
     lrcompile.export_adapter(model, exported.path)
     assert exported.verify().ok
+
+
+def test_an_inactive_adapter_leaves_with_weight_one_whatever_it_remembers(tmp_path):
+    model = _add(_add(_mlp(), "a", rank=2), "b", "dora", rank=2)
+    lrcompile.activate(model, {"a": 0.25})
+    lrcompile.activate(model, {"b": 0.25})
+    exported = lrcompile.export(model, tmp_path / "m.onnx", X, adapters="inputs")
+    assert exported.verify().ok
+    _holds(model, exported.path, "a")
 
 
 def test_two_adapters_act_together_only_where_they_do_not_meet(tmp_path):
