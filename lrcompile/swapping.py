@@ -71,19 +71,18 @@ def session(path: str | os.PathLike[str], adapters: str | Iterable[str] = ()) ->
     """
     path = Path(path)
     require("onnxruntime", "onnx")
-    from lrcompile.interop.onnx_adapters import Interface, takes_adapters
+    from lrcompile.interop.onnx_adapters import Interface, names_of, takes_adapters
     from lrcompile.interop.onnxruntime import OnnxRunner
 
     described = _described(path, VerificationError)
     interface = Interface.of(path, described.data) if takes_adapters(described.data) else None
-    active = (adapters,) if isinstance(adapters, str) else tuple(adapters)
-    return OnnxRunner(path, described.session, interface, active)
+    return OnnxRunner(path, described.session, interface, names_of(adapters), by_name=True)
 
 
 def _described(path: Path, error: type[ExportError | VerificationError]) -> Artefact:
     """What the manifest beside `path` says, the files of the graph being the ones it says it of."""
     if path.suffix != ".onnx" or not path.is_file():
-        raise error(f"{os.fspath(path)!r} is no .onnx file")
+        raise error(f"there is no .onnx file {os.fspath(path)!r}")
     found = artefact(path)
     if not found.data:
         raise error(f"there is no {path.with_suffix('.manifest.json').name} beside {path}: export the model again")

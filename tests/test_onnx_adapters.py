@@ -186,6 +186,23 @@ def test_an_input_of_an_adapter_cannot_be_fed_beside_it(path):
             session.run({"input": X[0], "0.lora_A.weight": torch.zeros(IN, 1)}, adapters)
 
 
+@pytest.mark.parametrize(
+    ("given", "adapters", "message"),
+    [
+        ({"inptu": X[0]}, "one", "takes the inputs input; given were inptu"),
+        (X, "oen", r"no adapter 'oen'; it has 'one', 'two', 'far'"),
+        (X, 7, "expected the name of one or several names"),
+        (X, {"one": 0.5}, r"weight is part of an adapter's file"),
+        (X, [None], "no adapter None"),
+        ((X[0][:, :3],), "one", "ONNX Runtime cannot run"),
+        ((X[0].long(),), "one", "ONNX Runtime cannot run"),
+    ],
+)
+def test_what_a_session_is_given_wrongly_is_said(path, given, adapters, message):
+    with pytest.raises(LrcompileError, match=message):
+        lrcompile.session(path).run(given, adapters)
+
+
 def test_arrays_tuples_and_names_are_all_inputs(path):
     session = lrcompile.session(path, "one")
     outputs = [session.run(given)["output"] for given in (X, {"input": X[0]}, {"input": X[0].numpy()}, (X[0].numpy(),))]

@@ -44,6 +44,18 @@ def write_adapter(path: Path, digest: str, tensors: Mapping[str, Tensor]) -> Non
     made.export_adapter(os.fspath(path))
 
 
+def names_of(adapters: Any) -> tuple[str, ...]:
+    """The adapters that a caller names: one, several or none."""
+    if isinstance(adapters, str):
+        return (adapters,)
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        raise AdapterError(
+            f"adapters={adapters!r}: expected the name of one or several names; a weight is part of an adapter's file"
+            " (lrcompile.activate(model, {name: weight}), then lrcompile.export_adapter)"
+        )
+    return tuple(adapters)
+
+
 def takes_adapters(manifest: Mapping[str, Any]) -> bool:
     said = manifest.get("adapters")
     return isinstance(said, dict) and said.get("form") == "inputs"

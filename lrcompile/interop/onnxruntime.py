@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import AdapterError, VerificationError, require
-from lrcompile.interop.onnx_adapters import Interface
+from lrcompile.interop.onnx_adapters import Interface, names_of
 from lrcompile.interop.onnx_safety import check
 from lrcompile.verifying.outputs import Inputs
 from lrcompile.verifying.provenance import Step, scope_values
@@ -36,7 +36,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 class OnnxRunner:
     """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries.
 
-    `interface` says which adapters there are where the file takes them as inputs, `active` which of them act.
+    `interface` says which adapters there are where the file takes them as inputs, `active` which of them act. With
+    `by_name` a dict of inputs has to have the graph's names; a model's arguments may be called otherwise.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class OnnxRunner:
         session: Mapping[str, Any] | None = None,
         interface: Interface | None = None,
         active: tuple[str, ...] = (),
+        by_name: bool = False,
     ):
         self.label = path.name
         self._interface = interface
         self._loaded: dict[tuple[str, ...], list[Any]] = {}
-        self.active = active
+        self.active, self._by_name = active, by_name
         self._path = path
         self._settings = _settings(session or {})
         self._model = check(path)
@@ -69,7 +71,7 @@ class OnnxRunner:
 
     def run(self, inputs: Inputs, adapters: str | Iterable[str] | None = None) -> dict[str, Tensor]:
         """The outputs by name. `adapters`: one or several that act in this run, () for none; None: those `active`."""
-        active = self.active if adapters is None else _names(adapters)
+        active = self.active if adapters is None else names_of(adapters)
         inputs = pytree.tree_map(lambda each: torch.from_numpy(each) if isinstance(each, np.ndarray) else each, inputs)
         return self._run(self._session, [output.name for output in self._model.graph.output], inputs, active)
 
@@ -111,17 +113,13 @@ class OnnxRunner:
         return self._loaded[names]
 
     def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
-        feed = _feed(self._path, session, inputs)
+        feed = _feed(self._path, session, inputs, self._by_name)
         options = require("onnxruntime", "onnx").RunOptions()
         for adapter in self._adapters(active):
             options.add_active_adapter(adapter)
         with _typed(self._path):
             values = session.run(names, feed, options)
         return {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
-
-
-def _names(adapters: str | Iterable[str]) -> tuple[str, ...]:
-    return (adapters,) if isinstance(adapters, str) else tuple(adapters)
 
 
 def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,8 +158,8 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
 
 
-def _feed(path: Path, session: Any, inputs: Inputs) -> dict[str, Any]:
-    """Inputs by name where they have the graph's names, else the tensors in order."""
+def _feed(path: Path, session: Any, inputs: Inputs, by_name: bool) -> dict[str, Any]:
+    """Inputs by name where they have the graph's names, else, unless they have to, the tensors in order."""
     names = [entry.name for entry in session.get_inputs()]
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     named = (
@@ -169,7 +167,7 @@ def _feed(path: Path, session: Any, inputs: Inputs) -> dict[str, Any]:
     )
     if named and len(named) == len(leaves) and set(named) == set(names):
         given = named
-    elif len(leaves) == len(names) and not set(named) & set(names):
+    elif len(leaves) == len(names) and not set(named) & set(names) and not (by_name and named):
         given = dict(zip(names, leaves, strict=True))
     else:
         offered = ", ".join(named) or f"{len(leaves)} tensors"
