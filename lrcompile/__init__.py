@@ -36,6 +36,7 @@ _HOME = {
     "Export": "exporting",
     "run": "running",
     "Session": "running",
+    "export_adapter": "swapping",
     "verify": "verification",
     "Verdict": "verification",
     "Limits": "verification",
@@ -104,6 +105,8 @@ if TYPE_CHECKING:
     from lrcompile.specs import Spec as Spec
     from lrcompile.specs import spec as spec
     from lrcompile.stepping import compile_step as compile_step
+    from lrcompile.swapping import export_adapter as export_adapter
+    from lrcompile.swapping import session as session
     from lrcompile.verification import Limits as Limits
     from lrcompile.verification import Verdict as Verdict
     from lrcompile.verification import verify as verify

@@ -192,11 +192,13 @@ def _export(commands: argparse._SubParsersAction) -> None:
         "Write a model, with or without an adapter, as one deployable file; verify it with the printed command.",
         "  lrcompile export merged model.onnx --text 'an example sentence'\n"
         "  lrcompile export base model.onnx --adapter adapter --adapters inline --quantize nf4\n"
-        "  lrcompile export chat-model chat/model.onnx --adapter adapter --use-cache --genai",
+        "  lrcompile export chat-model chat/model.onnx --adapter adapter --use-cache --genai\n"
+        "  lrcompile export base model.onnx --adapters inputs --adapter support=one --adapter sales=two",
     )  # fmt: skip
     export.add_argument("model", metavar="MODEL", help=_MODEL)
     export.add_argument("file", metavar="FILE", help="ends in .onnx (ONNX Runtime) or .pt2 (AOTInductor)")
-    export.add_argument("--adapter", metavar="DIR", help="load this adapter first")
+    export.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[],
+                        help="load this adapter first; with --adapters inputs it may be repeated")  # fmt: skip
     export.add_argument("--adapters", choices=("auto", "merge", "inline", "inputs"), default="auto",
                         help="fold them, keep each pair beside its base, or make them swappable inputs")  # fmt: skip
     export.add_argument("--quantize", choices=("nf4",), help="store the linear maps of the written copy so")
@@ -209,6 +211,15 @@ def _export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--genai", action="store_true",
                         help="also write genai_config.json and the tokenizer, for onnxruntime-genai")  # fmt: skip
     _input_options(export)
+    one_more = _add(
+        commands, "export-adapter", "commands:export_adapter",
+        "Write one more adapter for a graph that was exported with --adapters inputs from the same model.",
+        "  lrcompile export-adapter base model.onnx sales=adapter\n"
+        "  lrcompile verify base model.onnx --adapter sales=adapter",
+    )  # fmt: skip
+    one_more.add_argument("model", metavar="MODEL", help=_MODEL)
+    one_more.add_argument("file", metavar="FILE.onnx", help="its graph; the adapter is written beside it")
+    one_more.add_argument("adapter", metavar="[NAME=]DIR", help="an adapter's folder (PEFT's layout)")
 
 
 def _verify(commands: argparse._SubParsersAction) -> None:
@@ -221,7 +232,7 @@ def _verify(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     verify.add_argument("reference", metavar="A", help=f"the model that says what is right: {_MODEL}")
     verify.add_argument("candidate", metavar="B", help="a .onnx or .pt2 file, or another model")
-    verify.add_argument("--adapter", metavar="DIR", help="load this adapter into A first")
+    verify.add_argument("--adapter", metavar="[NAME=]DIR", help="load this adapter into A first")
     verify.add_argument("--base", metavar="MODEL", help="the model without its adapter, where A has it merged")
     verify.add_argument("--json", action="store_true", help="print JSON")
     _input_options(verify)

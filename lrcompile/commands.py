@@ -68,7 +68,9 @@ def export(given: Namespace) -> int:
     quiet()
     if given.genai and not given.use_cache:
         raise LrcompileError("--genai is for a decoder with a cache: give --use-cache too")
-    opened = _adapted(given.model, given.adapter)
+    if len(given.adapter) > 1 and given.adapters != "inputs":
+        raise LrcompileError("--adapter is given several times: only --adapters inputs keeps more than one apart")
+    opened = _adapted(given.model, *given.adapter)
     done = lrcompile.export(
         opened.model,
         given.file,
@@ -84,14 +86,22 @@ def export(given: Namespace) -> int:
     if given.genai:
         print(f"wrote {done.for_genai(opened.tokenizer() if opened.has_tokenizer() else None)}")
     if not given.quantize:
-        adapter = f" --adapter {given.adapter}" if given.adapter else ""
-        print(f"prove it: lrcompile verify {given.model} {done.path}{adapter}")
+        for option in [f" --adapter {each}" for each in given.adapter] or [""]:
+            print(f"prove it: lrcompile verify {given.model} {done.path}{option}")
+    return 0
+
+
+def export_adapter(given: Namespace) -> int:
+    quiet()
+    opened = _adapted(given.model, given.adapter)
+    print(f"wrote {lrcompile.export_adapter(opened.model, given.file)}")
+    print(f"prove it: lrcompile verify {given.model} {given.file} --adapter {given.adapter}")
     return 0
 
 
 def verify(given: Namespace) -> int:
     quiet()
-    opened = _adapted(given.reference, given.adapter)
+    opened = _adapted(given.reference, *([given.adapter] if given.adapter else []))
     inputs = opened.inputs(given.inputs, given.text or ["what it computes", "is what was trained, within rounding"])
     file = Path(given.candidate).suffix in (".onnx", ".pt2")
     candidate: Any = given.candidate if file else open_model(given.candidate).model
@@ -166,10 +176,15 @@ def _report(verdicts: list[Any], as_json: bool) -> int:
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 
-def _adapted(model: str, adapter: str | None) -> Opened:
+def _adapted(model: str, *adapters: str) -> Opened:
+    """The model with these adapters (`[NAME=]DIR`), the last one active."""
     opened = open_model(model)
-    if adapter:
-        lrcompile.load(opened.model, adapter)
+    for each in adapters:
+        name, equals, folder = each.partition("=")
+        if equals and not Path(each).exists():
+            lrcompile.load(opened.model, folder, name=name)
+        else:
+            lrcompile.load(opened.model, each)
         opened.model.eval()
     return opened
 

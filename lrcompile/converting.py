@@ -85,7 +85,7 @@ def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = Non
     state = state_of(model)
     require_settled(state, "to_lora")
     refuse_meta(model, "convert an adapter", AdapterError)
-    name = _chosen(state, name)
+    name = chosen_adapter(state, name)
     _check(model, state, name, rank)
     if uniform and (full := state.trained.names_of(name)):
         raise AdapterError(
@@ -114,7 +114,8 @@ def to_lora(model: nn.Module, name: str | None = None, *, rank: int | None = Non
     return Conversion(name, spec.method, tuple(rows), _notes(spec))
 
 
-def _chosen(state: State, name: str | None) -> str:
+def chosen_adapter(state: State, name: str | None) -> str:
+    """The adapter that `name` means: None is the only, or the only active one."""
     if state.merged:
         raise AdapterError(f"{', '.join(map(repr, state.merged))} is merged; call lrcompile.unmerge(model) first")
     if name is not None:

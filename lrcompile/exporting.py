@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lrcompile.deployment import decoding
 from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
 from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
+from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
 from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
@@ -79,21 +81,27 @@ def export(
     else is a constant of it. `dynamic_shapes`: None lets dimension 0 of every tensor and dimension 1 of integer tensors
     vary, "static" freezes all, else `torch.export`'s form. `adapters`: "merge" folds W' = W + s·B·A, weight by weight
     while writing; "inline" keeps each pair beside its base; "auto" merges on a float base and keeps on a quantized
-    one. `into` ("float32", "bfloat16", "float16"): what a merge makes of NF4 weights. `quantize="nf4"` stores the
-    linear maps of the exported copy as NF4. `opset`: 18 to 25.
+    one; "inputs" writes the base, and each adapter of the model as `<stem>.<adapter>.onnx_adapter` for ONNX Runtime's
+    adapter API: per site A `[in, rank]` and s·B `[rank, out]` as inputs of the graph that have rank 0 as long as no
+    adapter is active, gains that are then 1, and the base's values of what an adapter trained in full
+    (`lrcompile.run` runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"):
+    what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the exported copy as NF4. `opset`: 18
+    to 25.
 
     `nf4_form`, how an `.onnx` file holds NF4 weights. "exact": their codes, for MatMulBnb4 (4.5 bits, slow on a CPU).
     "portable": the same in standard operators. "int8", "int4": approximations that MatMulNBits multiplies fast, the
     levels on an 8-bit grid (8.5 bits) or rounded once more to 4 bits (5 bits), inputs rounded to 8 bits (also those of
     maps that are integers already). What that changes is measured on the example inputs, and the manifest declares it
     as a limit that `verify` allows.
+
     `use_cache=True`, for causal language models of `transformers`: one graph for the prompt and for each token after
     it. Beside `input_ids`, `attention_mask [batch, past + sequence]` and `position_ids` (where the model takes them)
     it takes `past_key_values.{i}.key` and `.value [batch, heads, past, head size]`, and returns `logits` and
     `present.{i}.key` and `.value`; the past is empty for the prompt. `lrcompile.run` generates with it.
 
-    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB) and `<stem>.manifest.json`
-    appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old ones are intact.
+    The model is left exactly as it was. The file, its data file (weights beyond 64 KiB), adapters and
+    `<stem>.manifest.json` appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old
+    ones are intact.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
     path = Path(path)
@@ -114,12 +122,17 @@ def export(
         raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
-    with _status(f"capturing {type(model).__name__}"):
-        captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
-        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples)
-    manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
+    if plan.adapters == "inputs" and path.suffix != ".onnx":
+        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
     write = _write_onnx if path.suffix == ".onnx" else _write_package
-    write(path, captured, deployed, manifest, opset)
+    with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
+        with _status(f"capturing {type(model).__name__}"):
+            captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
+            deployed = deploy(
+                captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples, slots=slots
+            )
+        manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
+        write(path, captured, deployed, manifest, opset)
     return Export(path, manifest, model, example_inputs)
 
 
@@ -157,19 +170,26 @@ def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, depl
 def _write_onnx(
     path: Path, captured: Captured, deployed: Deployed, manifest: dict[str, Any], opset: int | None
 ) -> None:
+    from lrcompile.interop.onnx_adapters import Interface, file_name, write_adapter
     from lrcompile.interop.onnx_lowering import lower
     from lrcompile.interop.onnx_writing import write
 
+    files = {}
+    for name, entry in manifest["adapters"].get("files", {}).items():
+        entry["file"] = file_name(path, name)
+    for each in deployed.swappable:
+        fitted = Interface.of(path, {**manifest, "sha256": {}}).fitted(each.tensors, f"adapter {each.name!r}")
+        files[file_name(path, each.name)] = partial(write_adapter, tensors=fitted)
     with _status(f"lowering to {path.name}"):
         portable = manifest.get("nf4_form") == "portable"
-        lowered = lower(captured, deployed.program.pending, opset, portable_nf4=portable)
+        lowered = lower(captured, deployed.program.pending, opset, deployed.inputs, portable_nf4=portable)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
 
     def describe(hashes: dict[str, str]) -> bytes:
         manifest["sha256"] = dict(hashes)
         return encoded(manifest)
 
-    write(lowered, path, _SESSION, describe)
+    write(lowered, path, _SESSION, describe, files)
 
 
 def _write_package(

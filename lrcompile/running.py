@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from lrcompile.deployment.decoding import PAST, POSITIONS, positions
-from lrcompile.errors import VerificationError
+from lrcompile.errors import AdapterError, VerificationError, require
 from lrcompile.verifying.manifest import Artefact, artefact
 from lrcompile.verifying.runners import runner
 
 
-def run(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
+def run(path: str | os.PathLike[str], adapters: str | Iterable[str] = (), *, threads: int | None = None) -> Session:
     """y = f(inputs) as the file at `path` computes it, with ONNX Runtime (`.onnx`) or AOTInductor (`.pt2`), on the CPU.
 
     The manifest beside the file, where there is one, says under which session settings, and is held to the file's
     hashes; `threads` replaces the number of threads, torch's own by default. A `.pt2` package is machine code: run only
-    one you trust. Raises VerificationError for a file that is missing, unsafe, or not the one its manifest describes;
-    MissingDependencyError.
+    one you trust.
+
+    `adapters`: of a graph exported with `adapters="inputs"`, one or several that act where a call is told nothing else;
+    with none it computes its base. ONNX Runtime itself takes an adapter's file on trust. Here it has to be the one that
+    the manifest describes, for this very graph, with its names, shapes and dtypes, whole pairs and finite numbers, and
+    no two may act at one site.
+
+    Raises VerificationError for a file that is missing, unsafe, or not the one its manifest describes; AdapterError for
+    an adapter that is; MissingDependencyError.
     """
     path = Path(path)
     found = artefact(path)
@@ -31,17 +38,31 @@ def run(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
     if threads is not None and path.suffix != ".onnx":
         raise VerificationError(f"threads={threads!r} is for ONNX Runtime; {path.name} runs on torch.set_num_threads")
     settings = found.session if threads is None else {**found.session, "threads": threads}
-    return Session(path, runner(path, session=settings), found)
+    if path.suffix == ".onnx" and path.is_file():
+        return Session(path, _onnx(path, settings, found, adapters), found)
+    session = Session(path, runner(path), found)
+    session._chosen(adapters or None)
+    return session
+
+
+def _onnx(path: Path, settings: dict[str, Any], found: Artefact, adapters: str | Iterable[str]) -> Any:
+    require("onnxruntime", "onnx")
+    from lrcompile.interop.onnx_adapters import Interface, names_of, takes_adapters
+    from lrcompile.interop.onnxruntime import OnnxRunner
+
+    interface = Interface.of(path, found.data) if takes_adapters(found.data) else None
+    return OnnxRunner(path, settings, interface, names_of(adapters), by_name=True)
 
 
 class Session:
     """A loaded file. `session(inputs)` returns its outputs by name; `session.generate(ids)` continues a prompt.
 
-    `.settings` is what it runs under; `.generation` what the file says about generating, None without a cache.
+    `.session` is what it runs under; `.adapters` names those it can be given; `.generation` is what the file says about
+    generating, None without a cache. A candidate for `verify`, with the adapters it was opened with.
     """
 
     def __init__(self, path: Path, loaded: Any, found: Artefact):
-        self.path, self.generation = path, found.generation
+        self.path, self.label, self.generation = path, loaded.label, found.generation
         self._runner, self._inputs = loaded, {port.name: port for port in found.inputs}
 
     def __repr__(self) -> str:
@@ -53,18 +74,35 @@ class Session:
         return tuple(self._inputs)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def session(self) -> dict[str, Any]:
         return self._runner.session
 
-    def __call__(self, inputs: Mapping[str, Any] | tuple[Any, ...] | None = None, /, **named: Any) -> dict[str, Tensor]:
-        """All outputs by name. The inputs by name, as a dict or as keyword arguments, or in order as a tuple; arrays
-        and numbers become tensors. Raises VerificationError where they do not fit.
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return getattr(self._runner, "adapters", ())
+
+    def run(
+        self, inputs: Mapping[str, Any] | tuple[Any, ...], adapters: str | Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """All outputs by name. The inputs by name as a dict, or in order as a tuple; arrays and numbers become tensors.
+        `adapters`: one or several that act in this call, () for none; None: those the session was opened with.
+
+        Raises VerificationError for inputs that do not fit, AdapterError for such adapters.
         """
-        if isinstance(inputs, tuple):
-            if named:
-                raise VerificationError(f"inputs are given in order and by name ({', '.join(named)}); choose one")
-            return self._runner.run(tuple(map(_tensors, inputs)))
-        return self._runner.run({name: _tensors(value) for name, value in {**(inputs or {}), **named}.items()})
+        given: Any = (
+            tuple(map(_tensors, inputs))
+            if isinstance(inputs, tuple)
+            else {name: _tensors(value) for name, value in inputs.items()}
+        )
+        return self._runner.run(given, **self._chosen(adapters))
+
+    def __call__(self, *ordered: Any, adapters: str | Iterable[str] | None = None, **named: Any) -> dict[str, Tensor]:
+        """`run` as a model is called: a dict of inputs, the inputs in order, or by keyword."""
+        if ordered and named:
+            raise VerificationError(f"inputs are given in order and by name ({', '.join(named)}); choose one")
+        if len(ordered) == 1 and isinstance(ordered[0], Mapping | tuple):
+            return self.run(ordered[0], adapters)
+        return self.run(ordered or named, adapters)
 
     def generate(
         self,
@@ -74,13 +112,14 @@ class Session:
         max_new_tokens: int = 64,
         eos_token_id: int | Iterable[int] | None = None,
         pad_token_id: int | None = None,
+        adapters: str | Iterable[str] | None = None,
     ) -> Tensor:
         """t_n = argmax logits(t_0 … t_{n-1}): greedy decoding, token for token `model.generate(do_sample=False)`.
 
         `input_ids` [batch, prompt] int64, shorter prompts padded on the left with `attention_mask` 0 there. Returns
         [batch, prompt + new] int64; a row ends after a token of `eos_token_id` and is filled with `pad_token_id`, and
         all end when every row has, or after `max_new_tokens`. Both default to the model's own; `eos_token_id=()`
-        never ends early. The cache stays in the runtime's memory between tokens.
+        never ends early. `adapters` as for `run`. The cache stays in the runtime's memory between tokens.
 
         Raises VerificationError for a file exported without `use_cache=True` and for inputs that do not fit.
         """
@@ -89,7 +128,7 @@ class Session:
         ends = _ends(self.generation.get("eos_token_id") if eos_token_id is None else eos_token_id)
         pad = pad_token_id if pad_token_id is not None else self._number("pad_token_id")
         filler = pad if pad is not None else ends[0] if ends else 0
-        step = self._runner.steps(self._empty(len(ids)))
+        step = self._runner.steps(self._empty(len(ids)), **self._chosen(adapters))
         where, new, going = positions(mask), ids, torch.ones(len(ids), dtype=torch.bool)
         for _ in range(max_new_tokens):
             given = {"input_ids": new, "attention_mask": mask, POSITIONS: where}
@@ -103,6 +142,13 @@ class Session:
             if not going.any():
                 break
         return ids
+
+    def _chosen(self, adapters: str | Iterable[str] | None) -> dict[str, Any]:
+        if adapters is None:
+            return {}
+        if self.path.suffix != ".onnx":
+            raise AdapterError(f"{self.path.name} takes no adapters; only .onnx does, exported with adapters='inputs'")
+        return {"adapters": adapters}
 
     def _prompt(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> tuple[Tensor, Tensor]:
         if self.generation is None:

@@ -78,6 +78,12 @@ def state_of(model: nn.Module) -> State:
     return found
 
 
+def acting(model: nn.Module) -> dict[str, float]:
+    """The adapters that act now, with their weights: none in a model that has none, or within `disabled`."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return dict(found.active) if found is not None and not found.suspended else {}
+
+
 def has_state(model: nn.Module) -> bool:
     return _ATTRIBUTE in model.__dict__
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.state import acting
 from lrcompile.verifying.comparing import Expected
 from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.ladder import Ladder
@@ -47,6 +48,9 @@ def verify(
     `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the limits. `inputs` is a dict
     (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
 
+    An `.onnx` file that takes its adapters as inputs runs with those that are active in the reference (by their names;
+    a `lrcompile.run` runs with those it was opened with), after the checks of `run`.
+
     `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded).
     `outputs` restricts the comparison to these names. `locate` looks for the first diverging place: None does when the
     verdict fails. `limits` default to those in the manifest beside an artefact, else `Limits()`.
@@ -54,7 +58,8 @@ def verify(
     An export with a cache is compared on the prompt (`inputs`, an empty past) and on the token after it, logits and
     cache.
 
-    A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`.
+    A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`, for an
+    adapter's file that is missing or does not fit `AdapterError`.
     """
     if not isinstance(reference, nn.Module):
         raise VerificationError(f"the reference must be an nn.Module, not {type(reference).__name__}")
@@ -66,7 +71,7 @@ def verify(
     if not rungs:
         raise VerificationError("the mapping of candidates is empty; give at least one")
     manifests = {name: artefact(value) for name, value in rungs.items()}
-    runners = {name: runner(value, session=manifests[name].session) for name, value in rungs.items()}
+    runners = {name: runner(value, manifests[name], acting(reference)) for name, value in rungs.items()}
     if not isinstance(candidate, Mapping):
         runners = {one.label: one for one in runners.values()}
     limits = limits or next((entry.limits for entry in reversed(manifests.values()) if entry.limits), Limits())

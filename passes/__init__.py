@@ -31,6 +31,7 @@ _BUILT_IN = {
     "expand-integers": "expand_integers:ExpandIntegers",
     "expand-lora": "expand_lora:ExpandLora",
     "expand-nf4": "expand_nf4:ExpandNf4",
+    "expand-slots": "expand_slots:ExpandSlots",
     "fold-factors": "fold_factors:FoldFactors",
     "fold-gains": "fold_gains:FoldGains",
     "fold-scale": "fold_scale:FoldScale",

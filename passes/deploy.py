@@ -13,6 +13,7 @@ from lrcompile.passes.expand_hadamard import ExpandHadamard
 from lrcompile.passes.expand_integers import ExpandIntegers
 from lrcompile.passes.expand_lora import ExpandLora
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.expand_slots import ExpandSlots
 from lrcompile.passes.fold_factors import FoldFactors
 from lrcompile.passes.fold_gains import FoldGains
 from lrcompile.passes.fold_scale import FoldScale
@@ -60,3 +61,9 @@ def deploy(
             *(none if keep_nf4 else (ExpandNf4(), ExpandIntegers())),
         )
     )
+
+
+def deploy_slots(*, quantize: bool = False) -> Pipeline:
+    """The passes of an export whose adapters come when it runs: nothing that stands in for them is folded."""
+    none: tuple[Pass, ...] = ()
+    return Pipeline((ExpandSlots(), FuseInputGains(), *((QuantizeNf4(),) if quantize else none)))

@@ -282,6 +282,25 @@ def test_export_writes_a_graph_that_verify_accepts(
         assert code == 0, out
 
 
+def test_adapters_of_one_graph_are_exported_together_and_one_by_one(
+    run: Run, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file, named = tmp_path / "m.onnx", [f"{name}={adapter}" for name in ("one", "two", "three")]
+    code, out, err = run("export", tiny, file, "--adapters", "inputs", "--adapter", named[0], "--adapter", named[1])
+    assert code == 0, err
+    assert out.count("prove it: lrcompile verify") == 2
+    assert "no adapter 'three'" in refused(run("verify", tiny, file, "--adapter", named[2], "--text", "abc"))
+    code, out, err = run("export-adapter", tiny, file, named[2])
+    assert code == 0, err
+    assert {entry.name for entry in tmp_path.glob("*.onnx_adapter")} == {
+        f"m.{name}.onnx_adapter" for name in ("one", "two", "three")
+    }
+    for each in (named[0], named[2]):
+        assert run("verify", tiny, file, "--adapter", each, "--text", "abc def", "--text", "g")[0] == 0
+    several = ["--adapter", named[0], "--adapter", named[1]]
+    assert "--adapters inputs" in refused(run("export", tiny, tmp_path / "n.onnx", *several))
+
+
 def test_a_folder_that_cannot_be_written_is_refused(run: Run, tiny: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     said = refused(run("merge", tiny, adapter, "--out", tmp_path / "file" / "sub"))

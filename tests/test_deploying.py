@@ -134,7 +134,6 @@ def test_what_cannot_be_folded_is_kept_by_auto_and_refused_by_merge():
 @pytest.mark.parametrize(
     ("nf4", "plan", "message"),
     [
-        (False, {"adapters": "inputs"}, r"not supported in this version; choose one of 'auto', 'merge', 'inline'"),
         (False, {"adapters": "fold"}, r"adapters='fold': choose one of 'auto', 'merge', 'inline'"),
         (False, {"into": "int8"}, r"into='int8': choose one of 'float32', 'bfloat16', 'float16'"),
         (False, {"quantize": "int8"}, r"quantize='int8': 'nf4' is the format there is"),

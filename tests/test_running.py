@@ -60,8 +60,8 @@ def test_outputs_come_by_name_for_inputs_by_name_or_in_order(pair):
 
 def test_the_session_runs_under_the_manifests_settings_and_the_threads_asked_for(pair):
     _, path = pair
-    assert lrcompile.run(path).settings["config"] == {"session.qdq_matmulnbits_accuracy_level": "0"}
-    assert lrcompile.run(path, threads=2).settings["threads"] == 2
+    assert lrcompile.run(path).session["config"] == {"session.qdq_matmulnbits_accuracy_level": "0"}
+    assert lrcompile.run(path, threads=2).session["threads"] == 2
 
 
 @pytest.mark.parametrize(

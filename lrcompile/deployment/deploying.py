@@ -10,7 +10,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from lrcompile.checkpointing.base_print import print_of
 from lrcompile.deployment.declaring import Declared, Examples
+from lrcompile.deployment.swapping import GraphInput, Slots, Swappable
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
 from lrcompile.passes.base import Pass, Program, Result
@@ -18,15 +20,17 @@ from lrcompile.passes.dequantize_nf4 import DTYPES
 from lrcompile.passes.drop_unit_gains import DropUnitGains
 from lrcompile.passes.drop_zero_adapters import DropZeroAdapters
 from lrcompile.passes.expand_nf4 import ExpandNf4
+from lrcompile.passes.expand_slots import ExpandSlots
 from lrcompile.passes.integer_inputs import IntegerInputs
 from lrcompile.passes.integers_from_nf4 import IntegersFromNf4
 from lrcompile.passes.merge_adapters import MergeAdapters
 from lrcompile.passes.nodes import ADAPTERS, GAIN, GAINS, HADAMARD, adapted_sites, integer_sites, nf4_sites, site_of
 from lrcompile.passes.pipeline import chain
 from lrcompile.passes.tensors import Tensors
+from lrcompile.state import state_of
 from lrcompile.verifying.requantized import requantized
 
-FORMS = ("auto", "merge", "inline")
+FORMS = ("auto", "merge", "inline", "inputs")
 NF4_FORMS: dict[str, IntegersFromNf4 | None] = {
     "exact": None,
     "portable": None,
@@ -46,11 +50,6 @@ class Plan:
     nf4_form: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.adapters == "inputs":
-            raise ExportError(
-                "adapters='inputs' (adapters as graph inputs, swapped at run time) is not supported in this version; "
-                f"choose one of {', '.join(map(repr, FORMS))}"
-            )
         if self.adapters not in FORMS:
             raise ExportError(f"adapters={self.adapters!r}: choose one of {', '.join(map(repr, FORMS))}")
         if self.into is not None and self.into not in DTYPES:
@@ -59,6 +58,13 @@ class Plan:
             raise ExportError(f"quantize={self.quantize!r}: 'nf4' is the format there is")
         if self.nf4_form not in NF4_FORMS:
             raise ExportError(f"nf4_form={self.nf4_form!r}: choose one of {', '.join(map(repr, NF4_FORMS))}")
+        if self.adapters == "inputs" and NF4_FORMS[self.nf4_form] is not None:
+            raise ExportError(
+                f"nf4_form={self.nf4_form!r} is an approximation measured with the model's adapters, and"
+                " adapters='inputs' leaves open which those are; choose 'exact' or 'portable'"
+            )
+        if self.into is not None and self.adapters == "inputs":
+            raise ExportError(f"into={self.into!r} says what a merge makes of weights; adapters='inputs' folds nothing")
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,16 @@ class Deployed:
     pipeline: str
     adapters: dict[str, Any]
     nf4: list[str]
-    integers: list[str]
+    integers: list[str] = field(default_factory=list)
     """Linear maps whose weight was integers before."""
-    stored: torch.dtype | None
+    stored: torch.dtype | None = None
     """The dtype of weights that a merge dequantized."""
     declared: Declared | None = None
     """What the form of the NF4 weights costs, where it is an approximation."""
+    inputs: tuple[GraphInput, ...] = ()
+    """What adapters are given through when the graph runs."""
+    swappable: tuple[Swappable, ...] = ()
+    """Those there are."""
 
 
 @dataclass
@@ -99,13 +109,22 @@ class _Sites:
 
 
 def deploy(
-    exported: ExportedProgram, model: nn.Module, plan: Plan, *, keep_nf4: bool, examples: Examples = ((), {})
+    exported: ExportedProgram,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    keep_nf4: bool,
+    examples: Examples = ((), {}),
+    slots: Slots | None = None,
 ) -> Deployed:
     """Run the deploy pipeline that `plan` asks for. `model` is only asked which of its parts are heads and routers, and
-    run on `examples` where NF4 weights leave in a form that is an approximation.
+    run on `examples` where NF4 weights leave in a form that is an approximation. With adapters="inputs" the program was
+    captured with `slots` in place of its adapters.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
     """
+    if slots is not None:
+        return _deploy_slots(exported, slots, plan)
     _refuse_broken(exported)
     stored, sites, of_integers = nf4_sites(exported), adapted_sites(exported), integer_sites(exported)
     form = _form(plan, stored)
@@ -209,3 +228,43 @@ def _form(plan: Plan, stored: list[str]) -> Literal["merge", "inline"]:
 
 def _kept(merge: Result | None) -> dict[str, str]:
     return {refusal.node: refusal.reason for refusal in merge.refusals} if merge is not None else {}
+
+
+def _deploy_slots(exported: ExportedProgram, slots: Slots, plan: Plan) -> Deployed:
+    """Raises ExportError for a site that cannot be given an adapter, and for a weight to be quantized that one replaces
+    or is a function of.
+    """
+    if plan.quantize:
+        _form(plan, nf4_sites(exported))  # refuses what is quantized already
+        if readers := slots.reads_weights:
+            raise ExportError(
+                f"quantize='nf4' beside adapter {readers[0]!r}, whose gains are a function of the weights that would be"
+                " quantized. Quantize the model first, lrcompile.quantize(model, 'nf4'), or give adapters='merge'"
+            )
+    pipeline = pipelines.deploy_slots(quantize=plan.quantize is not None)
+    program = Program(exported, slots.model)
+    steps = pipeline.run(program)
+    refusals = [refusal for step in steps for refusal in step.result.refusals if step.spec == ExpandSlots.name]
+    if refusals:
+        reasons = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals)
+        raise ExportError(f"adapters='inputs' cannot make an input of {reasons}")
+    inputs, unread = slots.inputs(exported)
+    stored = nf4_sites(exported)
+    taken = {f"{site}.weight" for site in stored}
+    if lost := [name for each in slots.adapters for name in each.parameters if plan.quantize and name in taken]:
+        raise ExportError(
+            f"quantize='nf4' would store {lost[0]}, which an adapter trained in full. Quantize the model first, without"
+            f" it: lrcompile.quantize(model, 'nf4', exclude=[{lost[0].removesuffix('.weight')!r}])"
+        )
+    adapters = {
+        "form": "inputs",
+        "folded": [],
+        "inline": {},
+        "inputs": [each.to_dict() for each in inputs],
+        "unread": list(unread),
+        "base": print_of(slots.model, state_of(slots.model), tuple(slots.holds)),
+        "files": {each.name: each.to_dict() for each in slots.adapters},
+    }
+    return Deployed(
+        program, str(pipeline), adapters, stored, integer_sites(exported), inputs=inputs, swappable=slots.adapters
+    )

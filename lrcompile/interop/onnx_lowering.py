@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx
@@ -20,9 +20,11 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from lrcompile.deployment.capture import Captured, renamed
+from lrcompile.deployment.swapping import GraphInput
 from lrcompile.errors import ExportError
 from lrcompile.interop import onnx_integers, onnx_nf4
 from lrcompile.interop.onnx_attention import zero_unattended
+from lrcompile.interop.onnx_inputs import give_defaults, open_inputs
 from lrcompile.interop.onnx_nf4 import expand_absmax
 from lrcompile.passes.base import Pending
 
@@ -33,10 +35,16 @@ _LARGE = 1024  # elements; smaller tensors are constants rather than weights and
 
 
 def lower(
-    captured: Captured, pending: Mapping[str, Pending], opset: int | None = None, *, portable_nf4: bool = False
+    captured: Captured,
+    pending: Mapping[str, Pending],
+    opset: int | None = None,
+    inputs: Sequence[GraphInput] = (),
+    *,
+    portable_nf4: bool = False,
 ) -> ir.Model:
-    """The ONNX model of a captured program; `pending` weights are computed when written. The program is consumed.
-    `portable_nf4`: NF4 codes are read by standard operators alone.
+    """The ONNX model of a captured program; `pending` weights are computed when written, the tensors that `inputs` name
+    become inputs with a default. The program is consumed. `portable_nf4`: NF4 codes are read by standard operators
+    alone.
 
     Raises ExportError for an opset out of range and for an operation ONNX has no form of.
     """
@@ -63,11 +71,13 @@ def lower(
             f"the model's operations cannot be expressed in opset {opset}; try the default, {DEFAULT_OPSET}"
         )
     _install(model, pending)
+    opened = open_inputs(model, inputs)
     _fold_transposes(model)
     protected = {
         name for name in model.graph.initializers if name in codes or _is_large(model.graph.initializers[name])
     }
     onnxscript.optimizer.optimize_ir(model, should_fold=_unless_reading(protected))
+    give_defaults(model, opened)
     zero_unattended(model)
     _rename(model, captured)
     _forget_machine(model)

@@ -14,9 +14,9 @@ from lrcompile.verifying.outputs import named_tensors
 from lrcompile.verifying.runners import Layers
 
 
-def steps(session: Any, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
+def steps(session: Any, empty: Layers, options: Any) -> Callable[[dict[str, Tensor]], Tensor]:
     """A function from the new tokens to the logits after the last of them, `[batch, vocabulary]`. It keeps the cache,
-    at first `empty`.
+    at first `empty`; `options` say which adapters act.
     """
     ort = require("onnxruntime", "onnx")
     names = [each.name for each in session.get_outputs()]
@@ -34,7 +34,7 @@ def steps(session: Any, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
             binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, options)
         values = dict(zip(names, binding.get_outputs(), strict=True))
         past.update({name: values[present] for name, present in following.items()})
         return torch.from_numpy(values["logits"].numpy()[:, -1])

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,12 +31,18 @@ _ALIGNMENT = 64
 
 
 def write(
-    model: ir.Model, path: Path, session: Mapping[str, Any], describe: Callable[[dict[str, str]], bytes]
+    model: ir.Model,
+    path: Path,
+    session: Mapping[str, Any],
+    describe: Callable[[dict[str, str]], bytes],
+    companions: Mapping[str, Callable[[Path, str], None]] | None = None,
 ) -> dict[str, str]:
-    """Write `path`, its data file and its manifest; returns the sha256 of each model file by name. `model` is consumed.
+    """Write `path`, its data file and its manifest; returns the sha256 of each file by name. `model` is consumed.
 
-    `describe` makes the manifest from those hashes. Raises ExportError when something cannot be written or ONNX Runtime
-    refuses the model; then, as after Ctrl-C, the files are as before.
+    `describe` makes the manifest from those hashes. `companions`: further files by name, each written to the path it
+    is given, with the sha256 of `path`; they are exchanged after the model and before the manifest, from which a reader
+    knows that a killed process left some of them old. Raises ExportError when something cannot be written or ONNX
+    Runtime refuses the model; then, as after Ctrl-C, the files are as before.
     """
     manifest = path.with_suffix(".manifest.json")
     external = [value for value in model.graph.initializers.values() if _goes_outside(value)]
@@ -45,11 +51,16 @@ def write(
     with (
         atomic_file(manifest, error=ExportError) as described,
         _data_file(external, path) as hashes,
+        ExitStack() as others,
         atomic_file(path, error=ExportError) as temporary,
     ):
         temporary.write_bytes(_serialized(model, path))
         hashes[path.name] = sha256(temporary)
         _try(temporary, session)
+        for name, fill in (companions or {}).items():
+            other = others.enter_context(atomic_file(path.with_name(name), error=ExportError))
+            fill(other, hashes[path.name])
+            hashes[name] = sha256(other)
         described.write_bytes(describe(hashes))
         sync(described)
     _remove_stale(path, hashes)

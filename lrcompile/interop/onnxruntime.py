@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import VerificationError, require
+from lrcompile.errors import AdapterError, VerificationError, require
+from lrcompile.interop.onnx_adapters import Interface, names_of
 from lrcompile.interop.onnx_safety import check
 from lrcompile.verifying.outputs import Inputs, named_tensors
 from lrcompile.verifying.provenance import Step, scope_values
@@ -34,26 +36,45 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class OnnxRunner:
-    """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries."""
+    """One session over a file; `session` may set `threads`, `graph_optimization_level` and `config` entries.
 
-    def __init__(self, path: Path, session: Mapping[str, Any] | None = None):
+    `interface` says which adapters there are where the file takes them as inputs, `active` which of them act. With
+    `by_name` a dict of inputs has to have the graph's names; a model's arguments may be called otherwise.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        session: Mapping[str, Any] | None = None,
+        interface: Interface | None = None,
+        active: tuple[str, ...] = (),
+        by_name: bool = False,
+    ):
         self.label = path.name
+        self._interface = interface
+        self._loaded: dict[tuple[str, ...], list[Any]] = {}
+        self.active, self._by_name = active, by_name
         self._path = path
         self._settings = _settings(session or {})
         self._model = check(path)
+        self._adapters(active)
         self._session = self._open(self._model)
 
     @property
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
-        return {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+        settings = {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
+        return settings if self._interface is None else {**settings, "adapters": list(self.active)}
 
-    def steps(self, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
-        """See `onnx_steps.steps`."""
+    def steps(
+        self, empty: Layers, adapters: str | Iterable[str] | None = None
+    ) -> Callable[[dict[str, Tensor]], Tensor]:
+        """See `onnx_steps.steps`; `adapters` as for `run`."""
         from lrcompile.interop.onnx_steps import steps
 
+        options = self._options(self.active if adapters is None else names_of(adapters))
         with _typed(self._path):
-            step = steps(self._session, empty)
+            step = steps(self._session, empty, options)
 
         def typed(given: dict[str, Tensor]) -> Tensor:
             with _typed(self._path):
@@ -61,8 +82,16 @@ class OnnxRunner:
 
         return typed
 
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        return self._run(self._session, [output.name for output in self._model.graph.output], inputs)
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those there are."""
+        return tuple(self._interface.files) if self._interface is not None else ()
+
+    def run(self, inputs: Inputs, adapters: str | Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The outputs by name. `adapters`: one or several that act in this run, () for none; None: those `active`."""
+        active = self.active if adapters is None else names_of(adapters)
+        inputs = pytree.tree_map(lambda each: torch.from_numpy(each) if isinstance(each, np.ndarray) else each, inputs)
+        return self._run(self._session, [output.name for output in self._model.graph.output], inputs, active)
 
     def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """The values of the reference's places, all from one run of one session in which they are marked as outputs."""
@@ -76,7 +105,7 @@ class OnnxRunner:
         marked.CopyFrom(self._model)
         present = {output.name for output in marked.graph.output}
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
-        return matched(leaving, self._run(self._open(marked), wanted, inputs), shapes) if wanted else {}
+        return matched(leaving, self._run(self._open(marked), wanted, inputs, self.active), shapes) if wanted else {}
 
     def _open(self, model: onnx.ModelProto) -> Any:
         ort = require("onnxruntime", "onnx")
@@ -94,11 +123,25 @@ class OnnxRunner:
         with _typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _run(self, session: Any, names: list[str], inputs: Inputs) -> dict[str, Tensor]:
-        feed = _feed(self._path, session, inputs)
+    def _adapters(self, names: tuple[str, ...]) -> list[Any]:
+        if names and self._interface is None:
+            raise AdapterError(f"{self._path} takes no adapters; export it with adapters='inputs'")
+        if names not in self._loaded:
+            self._loaded[names] = self._interface.load(names) if self._interface is not None else []
+        return self._loaded[names]
+
+    def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
+        feed = _feed(self._path, session, inputs, self._by_name)
+        options = self._options(active)
         with _typed(self._path):
-            values = session.run(names, feed)
+            values = session.run(names, feed, options)
         return {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
+
+    def _options(self, active: tuple[str, ...]) -> Any:
+        options = require("onnxruntime", "onnx").RunOptions()
+        for adapter in self._adapters(active):
+            options.add_active_adapter(adapter)
+        return options
 
 
 def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,14 +180,14 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
 
 
-def _feed(path: Path, session: Any, inputs: Inputs) -> dict[str, Any]:
-    """Inputs by name where they have the graph's names, else the tensors in order."""
+def _feed(path: Path, session: Any, inputs: Inputs, by_name: bool) -> dict[str, Any]:
+    """Inputs by name where they have the graph's names, else, unless they have to, the tensors in order."""
     names = [entry.name for entry in session.get_inputs()]
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     named = named_tensors(inputs) if isinstance(inputs, dict) else {}
     if named and len(named) == len(leaves) and set(named) == set(names):
         given = named
-    elif len(leaves) == len(names) and not set(named) & set(names):
+    elif len(leaves) == len(names) and not set(named) & set(names) and not (by_name and named):
         given = dict(zip(names, leaves, strict=True))
     else:
         offered = ", ".join(named) or f"{len(leaves)} tensors"

@@ -26,7 +26,9 @@ class Port:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What the manifest says; `stale` has a sentence for each file that is no longer the one it describes."""
+    """What the manifest says, and all of its `data`; `stale` has a sentence for each file of the model that is not the
+    one it describes any more. (Adapters beside the model are looked at when they are loaded.)
+    """
 
     limits: Limits | None = None
     session: dict[str, Any] = field(default_factory=dict)
@@ -34,26 +36,31 @@ class Artefact:
     generation: dict[str, Any] | None = None
     """Of a decoder with a cache: what generating with it takes to know."""
     inputs: tuple[Port, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+NONE = Artefact()
 
 
 def artefact(candidate: Any) -> Artefact:
     """The manifest of a candidate, empty if it is no file or has none."""
     if not isinstance(candidate, str | os.PathLike):
-        return Artefact()
+        return NONE
     path = Path(candidate)
     manifest = path.with_suffix(".manifest.json")
     if not manifest.is_file():
-        return Artefact()
+        return NONE
     data = read_object(manifest, schema=1)
     session, hashes = data.get("session", {}), data.get("sha256", {})
     if not isinstance(session, dict) or not isinstance(hashes, dict):
         raise VerificationError(f"{manifest}: session and sha256 must be objects")
     limits = Limits.from_dict(data["limits"]) if "limits" in data else None
+    own = {name: digest for name, digest in hashes.items() if not name.endswith(".onnx_adapter")}
     generation, inputs = data.get("generation"), data.get("inputs", [])
     if not isinstance(generation, dict | None) or not isinstance(inputs, list):
         raise VerificationError(f"{manifest}: generation must be an object and inputs a list")
-    inputs = tuple(_port(manifest, entry) for entry in inputs)
-    return Artefact(limits, session, tuple(_stale(manifest, hashes)), generation, inputs)
+    ports = tuple(_port(manifest, entry) for entry in inputs)
+    return Artefact(limits, session, tuple(_stale(manifest, own)), generation, ports, data)
 
 
 def _port(manifest: Path, entry: Any) -> Port:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import VerificationError
+from lrcompile.verifying.manifest import NONE, Artefact
 from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
 
 Layers = list[dict[str, Tensor]]
@@ -107,8 +108,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def runner(candidate: Any, *, session: Mapping[str, Any] | None = None) -> Runner:
-    """The runner for a candidate; `session` holds ONNX Runtime settings its manifest asks for."""
+def runner(candidate: Any, manifest: Artefact = NONE, adapters: Mapping[str, float] | None = None) -> Runner:
+    """The runner for a candidate: with the ONNX Runtime settings that its manifest asks for and, where its graph is
+    given adapters, with those named, whose files have to hold them with these weights.
+    """
     if isinstance(candidate, torch.export.ExportedProgram):
         return ModuleRunner(candidate.module(), "ExportedProgram")
     if isinstance(candidate, nn.Module):
@@ -120,9 +123,14 @@ def runner(candidate: Any, *, session: Mapping[str, Any] | None = None) -> Runne
         if not path.is_file():
             raise VerificationError(f"there is no file {path}")
         if path.suffix == ".onnx":
+            from lrcompile.interop.onnx_adapters import Interface, takes_adapters
             from lrcompile.interop.onnxruntime import OnnxRunner
 
-            return OnnxRunner(path, session or {})
+            given = takes_adapters(manifest.data)
+            interface = Interface.of(path, manifest.data) if given else None
+            if interface is not None:
+                interface.require_weights(adapters or {})
+            return OnnxRunner(path, manifest.session, interface, tuple(adapters or ()) if given else ())
         if path.suffix == ".pt2":
             return PackageRunner(path)
         raise VerificationError(f"{path} has suffix {path.suffix!r}; a candidate file ends in .onnx or .pt2")

@@ -31,6 +31,10 @@ class Start:
     """Set by an initialiser that chose the NF4 codes of the base together with the factors."""
 
 
+class NotSwappable(Exception):
+    """Why an adapter cannot be handed to a deployed graph when that runs, in words that go with its site's name."""
+
+
 class Adapter(nn.Module):
     """y' = f(y, x) at one site, y = xWᵀ + b being what the base computes.
 
@@ -155,6 +159,13 @@ class Adapter(nn.Module):
     def bias_change(self, bias: Tensor, base: Tensor, weight: Tensor) -> Tensor | None:
         """b' − b when folded into `bias` `[out]`; None where it stays. `base` and `weight` are without any adapter."""
         return None
+
+    def swappable(self, host: nn.Module) -> Mapping[str, Tensor]:
+        """What a `slot.Slot` computes the same from, by the slot's own names; `host` holds the base's weight.
+
+        Raises `NotSwappable` where nothing smaller than the weight does.
+        """
+        raise NotSwappable(f"{type(self).__name__} does not say what a graph would have to be given of it")
 
     def offset(self, dtype: torch.dtype) -> Tensor:
         """What the weight itself gives up while this adapter is active, `[..., out, in]` in `dtype`; of forms that

@@ -95,6 +95,10 @@ class DoraAdapter(Hosted, LoraAdapter):
         with torch.no_grad():
             return (self.m.to(weight) / self._norms_of_map(weight) - 1).to(bias) * (bias - base)
 
+    def swappable(self, host: nn.Module) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            return {**self.turned(*self.factors()), "row_gain": self.gain(host)}
+
     def _squares_now(self, host: nn.Module) -> Tensor:
         return squared_rows(self.base_weight(host).detach(), wide_dtype(host))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lrcompile.dialect.galore import project
 from lrcompile.dialect.renewal import enrol
-from lrcompile.recipes.forms.adapter import Adapter, Start
+from lrcompile.recipes.forms.adapter import Adapter, NotSwappable, Start
 from lrcompile.recipes.range_finder import leading_directions
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
@@ -84,6 +84,9 @@ class ProjectedGradient(Adapter):
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         """Zero: the weight holds every step already."""
         return torch.zeros_like(weight)
+
+    def swappable(self, host: nn.Module) -> NoReturn:
+        raise NotSwappable("it has no tensors beside the weight: the weight itself is what trains")
 
     def lift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two factors of lift(Z) `[out, in]`, in order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
 from lrcompile.dialect import hadamard as hadamard  # registers torch.ops.lrcompile.hadamard
+from lrcompile.recipes.forms.adapter import NotSwappable
 from lrcompile.recipes.forms.hosted import Hosted
 from lrcompile.recipes.forms.pair import LoraAdapter
 
@@ -27,3 +30,6 @@ class HadamardAdapter(Hosted, LoraAdapter):
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         return base * self.delta(base.dtype).to(base.device)
+
+    def swappable(self, host: nn.Module) -> NoReturn:
+        raise NotSwappable("its update s·W ⊙ BA has the rank of W, and what computes it is as large as W")

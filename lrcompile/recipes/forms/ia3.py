@@ -54,6 +54,9 @@ class OutputGain(GainAdapter):
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         return torch.ops.lrcompile.gain.default(y, self.gains())
 
+    def swappable(self, host: nn.Module) -> Mapping[str, Tensor]:
+        return {"output_gain": self.gains().detach()}
+
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         return (self.gains().detach() - 1).to(weight)[:, None] * weight
 
@@ -71,6 +74,9 @@ class InputGain(GainAdapter):
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         assert host is not None  # linear layers hand themselves over
         return y + self.base_product(host, torch.ops.lrcompile.input_gain.default(x, self.gains()))
+
+    def swappable(self, host: nn.Module) -> Mapping[str, Tensor]:
+        return {"input_gain": self.gains().detach()}
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         return base * (self.gains().detach() - 1).to(base)

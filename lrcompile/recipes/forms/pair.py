@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
 from lrcompile.dialect import experts as experts
-from lrcompile.recipes.forms.adapter import Adapter, Start
+from lrcompile.recipes.forms.adapter import Adapter, NotSwappable, Start
 from lrcompile.recipes.initialisers.random import fill
 
 
@@ -73,6 +73,21 @@ class LowRank(Adapter):
 
     def change(self, weight: Tensor, base: Tensor) -> Tensor:
         return self.delta(weight.dtype).to(weight.device)
+
+    def swappable(self, host: nn.Module) -> Mapping[str, Tensor]:
+        pair = self.beside_base()
+        if pair is None:
+            raise NotSwappable("its update is no product of two factors")
+        return self.turned(*pair)
+
+    def turned(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """A'ᵀ `[in, rank']` and (s·weight·B')ᵀ `[rank', out]`, without the ranks that add nothing (but never none)."""
+        alive = A.ne(0).any(-1) & B.ne(0).any(-2)
+        kept = alive.reshape(-1, alive.shape[-1]).any(0).nonzero().flatten()
+        kept = kept if kept.numel() else kept.new_zeros(1)
+        A, B = A.detach().index_select(-2, kept), B.detach().index_select(-1, kept)
+        wide = torch.promote_types(B.dtype, torch.float64)  # one rounding, to what the graph takes
+        return {"A": A.mT, "B": (B.to(wide) * self.scale.to(wide)).mT}
 
 
 class LoraAdapter(LowRank):
