@@ -37,7 +37,10 @@ def _exported(given: Namespace) -> int:
         if given.max_new_tokens is not None:
             raise LrcompileError(f"--max-new-tokens: {given.file} was not exported with --use-cache")
         return _show(session(inputs), given.out)
-    ids = session.generate(**inputs, max_new_tokens=given.max_new_tokens or 64)
+    if "input_ids" not in inputs or set(inputs) - {"input_ids", "attention_mask"}:
+        raise LrcompileError(f"a prompt is input_ids and perhaps attention_mask; given were {', '.join(inputs)}")
+    new = 64 if given.max_new_tokens is None else given.max_new_tokens
+    ids = session.generate(inputs["input_ids"], inputs.get("attention_mask"), max_new_tokens=new)
     if given.out is not None:
         return _show({"ids": ids}, given.out)
     if given.text is None:
@@ -65,6 +68,8 @@ def _texts(given: Namespace, session: Session) -> dict[str, Tensor]:
     if session.generation is not None:
         tokenizer.padding_side = "left"
     encoded = tokenizer(given.text, padding=True, return_tensors="pt")
+    if session.generation is not None:
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
     return {name: tensor for name, tensor in encoded.items() if name in (session.inputs or encoded)}
 
 

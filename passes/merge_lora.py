@@ -69,7 +69,7 @@ def _match(node: fx.Node, tensors: Tensors, program: Program) -> Fold | None:
     if node.target not in (LORA, LOOKUP, EXPERTS):
         return None
     y, x, *factors = node.args[:5]
-    dropout = {LORA: 5, EXPERTS: 6}.get(node.target, len(node.args))  # type: ignore[call-overload]
+    dropout = {LORA: 5, EXPERTS: 6}.get(node.target, len(node.args))
     if len(node.args) > dropout and node.args[dropout]:
         raise NotFoldable("its dropout is active")
     if node.target is EXPERTS:

@@ -46,7 +46,7 @@ def decoder(family: str, *, adapted: bool = True) -> Any:
     return model.eval()
 
 
-def prompts(seed: int, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
+def prompts(seed: int, rows: int = 3, length: int = 9) -> dict[str, Any]:
     """Of different lengths, padded on the left."""
     ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
@@ -139,6 +139,7 @@ def test_the_file_has_the_names_that_runners_of_decoders_read(llama):
         **{f"present.{half}": ["batch", 4, "past + sequence", 8] for half in halves},
     }
     session = lrcompile.run(exported.path)
+    assert session.generation is not None
     assert session.generation["layers"] == 2
     assert session.generation["pad_token_id"] == 0
 

@@ -44,6 +44,7 @@ def _wake(model: nn.Module) -> None:
 def _holds(exported: lrcompile.Export, form: str) -> None:
     verdict = exported.verify()
     assert verdict.ok, verdict
+    assert verdict.adapter_relative_error is not None
     assert verdict.adapter_relative_error < 1e-5
     sites = exported.manifest["adapters"]
     assert (sites["folded"] if form == "merge" else sites["inline"]) != []

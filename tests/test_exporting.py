@@ -284,6 +284,7 @@ def test_adapters_of_experts_are_folded_into_the_stack_or_stay_beside_it(tmp_pat
     assert (folded, kept) == ((sites, set()) if form == "merge" else (set(), sites))
     verdict = exported.verify(_batch(3, 9))
     assert verdict.ok, verdict
+    assert verdict.adapter_relative_error is not None
     assert verdict.adapter_relative_error < 1e-5
 
 

@@ -101,6 +101,13 @@ def test_prompts_come_from_a_file_too_and_the_tokens_go_to_one(run: Run, chat, t
     assert load_file(made)["ids"].tolist() == [tokens]
 
 
+def test_a_file_of_prompts_that_holds_something_else_is_refused(run: Run, chat, tmp_path: Path) -> None:
+    save_file({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(3)}, tmp_path / "p.safetensors")
+    code, _, err = run("run", chat[1], "--inputs", tmp_path / "p.safetensors")
+    assert code == 2
+    assert "input_ids and perhaps attention_mask; given were" in err
+
+
 def test_verify_holds_prompt_token_and_cache_against_the_model(run: Run, chat) -> None:
     source, file = chat
     code, out, err = run("verify", source, file, "--text", "the mat")

@@ -16,9 +16,14 @@ from lrcompile.passes.base import Program
 from lrcompile.verifying.manifest import sha256
 from lrcompile.writing import atomic_file
 
+# Weights at the end of the library, mapped when it is loaded: compiled into it, as is the default, they pass through
+# the assembler, which takes their size in memory once more.
+_CONFIG = {"aot_inductor.force_mmap_weights": True}
+
 
 def write(program: Program, path: Path, describe: Callable[[dict[str, str]], bytes]) -> None:
-    """Write `path` and its manifest. Unlike ONNX, a package is compiled from the weights, so all of them are computed.
+    """Write `path` and its manifest. Unlike ONNX, a package is compiled from the weights: beside the model's own, those
+    that are folded and all as they are written are in memory at once, three times their size in all.
 
     Raises ExportError when Inductor cannot compile the program (it needs a C++ compiler) or a file cannot be written.
     """
@@ -32,7 +37,9 @@ def write(program: Program, path: Path, describe: Callable[[dict[str, str]], byt
                 warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
                 lowered = program.exported.run_decompositions()
             _return_plain(lowered)
-            torch._inductor.aoti_compile_and_package(lowered, package_path=os.fspath(temporary))
+            torch._inductor.aoti_compile_and_package(
+                lowered, package_path=os.fspath(temporary), inductor_configs=_CONFIG
+            )
         except RuntimeError as error:
             raise ExportError(
                 f"Inductor could not compile {path.name}: {error}\n.onnx is the other supported format"
