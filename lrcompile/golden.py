@@ -31,7 +31,7 @@ from lrcompile.verifying.golden_files import (
 )
 from lrcompile.verifying.golden_models import built, describe, differing, furnish, rebuild, tensors_of
 from lrcompile.verifying.outputs import Inputs, input_sets
-from lrcompile.verifying.runners import ModuleRunner
+from lrcompile.verifying.runners import ModuleRunner, RecordedRunner
 from lrcompile.verifying.verdict import Limits, Verdict
 
 __all__ = ["check", "record", "update"]
@@ -168,26 +168,13 @@ def _check(folder: Path, model: nn.Module | None, build: str | None) -> list[Ver
     except KeyError as error:
         raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
     try:
-        verdict = verify(now, {"recorded": _Recorded(recorded), "now": now}, sets, limits=limits)
+        verdict = verify(now, {"recorded": RecordedRunner(recorded), "now": now}, sets, limits=limits)
         verdicts = [dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))]
         if case.pipeline is not None:
             verdicts.append(_through_passes(folder, now, sets, case.pipeline, limits))
     except LrcompileError as error:
         return [_failed(folder, limits, [f"it cannot be compared: {error}"])]
     return verdicts
-
-
-class _Recorded:
-    """The recorded outputs as a candidate; they belong to the input sets in order."""
-
-    label = "recorded"
-    session: dict[str, Any] = {"runtime": "none"}  # noqa: RUF012 (the protocol's field, never written)
-
-    def __init__(self, outputs: list[dict[str, Tensor]]):
-        self._left = iter(outputs)
-
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        return next(self._left)
 
 
 def _model(case: Case, weights: dict[str, Tensor], build: str | None) -> nn.Module:

@@ -4,26 +4,28 @@
     e = ‖y - y64‖ / ‖effect‖      effect = y64 - y64 of the base without its adapter
 
 The ladder is float64 of the intended mathematics → the reference in its own dtype → the candidate (or several, in
-order); each rung's error is measured against float64, and what it adds against the rung before.
+order); each rung's error is measured against float64, and what it adds against the rung before. Where no side is a
+module there is no float64: the reference's own outputs take its place, and D is measured on an ONNX graph
+(`lrcompile.verifying.references`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lrcompile.errors import VerificationError
-from lrcompile.verifying.comparing import Expected
-from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.ladder import Ladder
 from lrcompile.verifying.manifest import artefact
-from lrcompile.verifying.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
-from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
-from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating, runner
+from lrcompile.verifying.outputs import Inputs, aligned, input_sets
+from lrcompile.verifying.places import first_divergence, none_found
+from lrcompile.verifying.references import ModuleReference, Reference, file_reference
+from lrcompile.verifying.runners import Runner, runner
 from lrcompile.verifying.verdict import Limits, Rung, Verdict
 from lrcompile.wrapping import refuse_meta
 
@@ -31,33 +33,40 @@ __all__ = ["Limits", "Rung", "Verdict", "verify"]
 
 
 def verify(
-    reference: nn.Module,
+    reference: Any,
     candidate: Any,
     inputs: Inputs | list[Inputs],
     *,
     limits: Limits | None = None,
-    base: nn.Module | None = None,
+    base: Any = None,
     outputs: Sequence[str] | None = None,
     locate: bool | None = None,
+    repro: str | os.PathLike[str] | None = None,
 ) -> Verdict:
     """max |y - y64| ≤ 16·D for every floating output, ‖y - y64‖ ≤ 0.05·‖adapter's effect‖, integers equal, NaN and
     infinities in place.
 
-    `reference` is an eager module. `candidate` is a module, an `fx.GraphModule`, an exported program, a path to
-    `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the limits. `inputs` is a dict
-    (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
+    `reference` is an eager module, an `fx.GraphModule` or an exported program. `candidate` is a module, a graph, an
+    exported program, a path to `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the
+    limits. `inputs` is a dict (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
 
-    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded).
-    `outputs` restricts the comparison to these names. `locate` looks for the first diverging place: None does when the
-    verdict fails. `limits` default to those in the manifest beside an artefact, else `Limits()`.
+    `reference` may also be a path to `.onnx` or `.pt2`. It has no float64, so candidates are held to its own outputs,
+    with D measured in ONNX Runtime on the first side that is an ONNX graph; without one there is no bound, an error.
+
+    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded, a
+    file): of a module a module, of a file a file. `outputs` restricts the comparison to these names. `locate` measures
+    every place of the model (`Verdict.places`) and looks for the first diverging one: None does when the verdict fails.
+    `repro` is a new folder for the smallest part that shows a failure, runnable without lrcompile. `limits` default to
+    those in the manifest beside a candidate, then beside the reference, else `Limits()`.
 
     A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`.
     """
-    if not isinstance(reference, nn.Module):
-        raise VerificationError(f"the reference must be an nn.Module, not {type(reference).__name__}")
     if limits is not None and not isinstance(limits, Limits):
         raise VerificationError(f"limits must be lrcompile.Limits(...), got {type(limits).__name__}")
-    refuse_meta(reference, "verify", VerificationError)
+    if repro is not None:
+        from lrcompile.verifying.repro import refuse_used
+
+        refuse_used(repro)
     sets = input_sets(inputs)
     rungs = dict(candidate) if isinstance(candidate, Mapping) else {"candidate": candidate}
     if not rungs:
@@ -66,85 +75,66 @@ def verify(
     runners = {name: runner(value, session=manifests[name].session) for name, value in rungs.items()}
     if not isinstance(candidate, Mapping):
         runners = {one.label: one for one in runners.values()}
-    limits = limits or next((entry.limits for entry in reversed(manifests.values()) if entry.limits), Limits())
+    judge, own_session = _judge(reference, base, sets, list(runners.values()))
+    described = [artefact(reference), *manifests.values()]
+    limits = limits or next((entry.limits for entry in reversed(described) if entry.limits), Limits())
 
-    own = [selected(one, outputs, "the reference") for one in map(ModuleRunner(reference).run, sets)]
+    own = judge.own(sets, outputs)
     results = {
         name: [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]
         for name, one in runners.items()
     }
     shared = [name for name in own[0] if all(name in actual[0] for actual in results.values())]
     uncompared = tuple(name for name in own[0] if name not in shared)
+    own = [{name: each[name] for name in shared} for each in own]
 
-    dtype = working_dtype(reference, sets)
-    expected = expectations(reference, sets, unit_roundoff(dtype), base, shared)
-    ladder = Ladder(expected, limits)
-    for name, actual in [("eager", own), *results.items()]:
-        ladder.climb(name, [{output: one[output] for output in shared} for one in actual], judged=actual is not own)
-    for entry in manifests.values():
-        ladder.failures += entry.stale
-    verdict = ladder.verdict(str(dtype).removeprefix("torch."), {name: one.session for name, one in runners.items()})
-    verdict = dataclasses.replace(verdict, uncompared=uncompared)
-    if not (locate or (locate is None and not verdict.ok)):
+    ladder = Ladder(judge.expected(sets, own), limits, judge.exact)
+    ladder.start(own, shown=judge.steps)
+    for name, actual in results.items():
+        ladder.climb(name, [{output: one[output] for output in shared} for one in actual])
+    ladder.failures += [sentence for entry in described for sentence in entry.stale]
+    session = own_session | {name: one.session for name, one in runners.items()}
+    verdict = dataclasses.replace(ladder.verdict(judge.dtype, session), uncompared=uncompared)
+    if not (locate or repro is not None or (locate is None and not verdict.ok)):
         return verdict
     suspect = runners[ladder.first_failed or next(reversed(runners))]
-    return _located(verdict, reference, suspect, sets[0], unit_roundoff(dtype))
+    verdict = _located(verdict, judge, suspect, sets[0], ladder.allowed)
+    if repro is not None and not verdict.ok:
+        from lrcompile.verifying.repro import write_repro
+
+        write_repro(repro, verdict, judge, suspect, sets[0])
+    return verdict
 
 
-def expectations(
-    reference: nn.Module,
-    sets: list[Inputs],
-    roundoff: float,
-    base: nn.Module | None = None,
-    outputs: Sequence[str] | None = None,
-) -> list[Expected]:
-    """y64, D and the base's y64 for each set of inputs; the doubled copies live one at a time."""
-    twin, expected = float64_copy(reference), []
-    for given in sets:
-        exact = _run64(twin, given, outputs)
-        bounds = {name: Deviation(value, roundoff) for name, value in exact.items() if _inexact(value)}
-        magnitudes = Magnitudes()
-        for seed in SEEDS if bounds else ():
-            replayed = _run64(twin, given, outputs, perturbed(roundoff, seed, magnitudes))
-            for name, bound in bounds.items():
-                bound.update(replayed[name])
-        expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))
-    del twin
-    plain = _base_copy(reference, base)
-    if plain is not None:
-        for want, given in zip(expected, sets, strict=True):
-            without = _run64(plain, given, None)
-            want.base = {name: value for name, value in aligned(exact, without, "the base").items() if _inexact(value)}
-    return expected
+def _judge(
+    reference: Any, base: Any, sets: list[Inputs], runners: list[Runner]
+) -> tuple[Reference, dict[str, dict[str, Any]]]:
+    """The reference, and what its own run is to be recorded under."""
+    if isinstance(reference, torch.export.ExportedProgram):
+        reference = reference.module()
+    if isinstance(reference, nn.Module):
+        refuse_meta(reference, "verify", VerificationError)
+        if base is not None and not isinstance(base, nn.Module):
+            raise VerificationError(f"the base of a module is a module, not {type(base).__name__}")
+        return ModuleReference(reference, sets, base), {}
+    if not isinstance(reference, str | os.PathLike | Runner):
+        raise VerificationError(
+            "the reference must be an nn.Module, an exported program or a path to .onnx or .pt2, "
+            f"not {type(reference).__name__}"
+        )
+    values = runner(reference, session=artefact(reference).session)
+    plain = None if base is None else runner(base, session=artefact(base).session)
+    return file_reference(values, runners, plain), {f"reference {values.label}": values.session}
 
 
-def _run64(
-    twin: nn.Module, given: Inputs, outputs: Sequence[str] | None, inside: AbstractContextManager[None] | None = None
-) -> dict[str, Tensor]:
-    with evaluating(twin), float64_mode(), inside or nullcontext():
-        return selected(named_outputs(call(twin, widen_inputs(given))), outputs, "the reference")
-
-
-def _base_copy(reference: nn.Module, base: nn.Module | None) -> nn.Module | None:
-    """The float64 copy of what the reference computes without its adapters, or None if it has none."""
-    if base is not None:
-        return float64_copy(base)
-    if "_lrcompile" not in reference.__dict__:
-        return None
-    from lrcompile.switching import switched_off
-
-    # Copied inside the context, so that a merged reference is copied with the base's bits in place.
-    with switched_off(reference):
-        return float64_copy(reference)
-
-
-def _inexact(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
-
-
-def _located(verdict: Verdict, reference: nn.Module, one: Runner, given: Inputs, roundoff: float) -> Verdict:
-    from lrcompile.verifying.intermediates import first_divergence
-
-    found, note = first_divergence(reference, one, given, roundoff, verdict.limits.bound_ratio)
+def _located(verdict: Verdict, judge: Reference, one: Runner, given: Inputs, allowed: float | None) -> Verdict:
+    places = judge.places(one, given)
+    if isinstance(places, str):
+        found, note, places = None, places, ()
+    else:
+        found = first_divergence(places, verdict.limits, None if verdict.ok else allowed)
+        note = None if found else none_found(places, one.label)
     note = "; ".join(part for part in (verdict.note, note) if part) or None
-    return dataclasses.replace(verdict, first_divergence=found.name if found else None, divergence=found, note=note)
+    return dataclasses.replace(
+        verdict, first_divergence=found.name if found else None, divergence=found, places=places, note=note
+    )

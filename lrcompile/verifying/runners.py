@@ -7,13 +7,16 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
+
+if TYPE_CHECKING:
+    from lrcompile.verifying.intermediates import Found
 
 
 @runtime_checkable
@@ -49,6 +52,33 @@ class ModuleRunner:
                 ) from error
         return named_outputs(result)
 
+    def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Found]:
+        """What it computes at the reference's places, in one run."""
+        from lrcompile.verifying.intermediates import module_values
+
+        return module_values(self.module, inputs, shapes)
+
+
+class RecordedRunner:
+    """Outputs that were recorded, as a candidate; they belong to the input sets in order."""
+
+    def __init__(self, outputs: list[dict[str, Tensor]], label: str = "recorded"):
+        self.label = label
+        self.outputs = outputs
+        self._left = iter(outputs)
+
+    @property
+    def session(self) -> dict[str, Any]:
+        return {"runtime": "none"}
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        try:
+            return next(self._left)
+        except StopIteration:
+            raise VerificationError(
+                f"{self.label} holds the outputs of {len(self.outputs)} input sets; more were given"
+            ) from None
+
 
 class PackageRunner:
     """An AOTInductor package. Its content is machine code: verify only packages you would also run."""
@@ -60,7 +90,7 @@ class PackageRunner:
                 f"{path} is not an AOTInductor package; if torch.export.save wrote it, "
                 "load it with torch.export.load and give the program"
             )
-        self.label = path.name
+        self.label, self.path = path.name, path
         self._model = torch._inductor.aoti_load_package(str(path))
 
     @property
