@@ -15,7 +15,8 @@ from lrcompile.demo.opening import Opened, open_model, outline
 from lrcompile.demo.sources import quiet
 from lrcompile.errors import LrcompileError, SpecError
 from lrcompile.specs import Spec
-from lrcompile.writing import atomic_folder
+from lrcompile.verifying.page import write_page
+from lrcompile.writing import atomic_file, atomic_folder
 
 
 def plan(given: Namespace) -> int:
@@ -80,13 +81,16 @@ def export(given: Namespace) -> int:
 
 
 def verify(given: Namespace) -> int:
+    from lrcompile.sides import compare, open_side, shared_inputs
+
     quiet()
-    opened = _adapted(given.reference, given.adapter)
-    inputs = opened.inputs(given.inputs, given.text or ["what it computes", "is what was trained, within rounding"])
-    file = Path(given.candidate).suffix in (".onnx", ".pt2")
-    candidate: Any = given.candidate if file else open_model(given.candidate).model
-    base = open_model(given.base).model if given.base else None
-    return _report([lrcompile.verify(opened.model, candidate, inputs, base=base)], given.json)
+    a = open_side(given.reference, base=given.base, adapter=given.adapter, build=given.build)
+    b = open_side(given.candidate, base=given.base, build=given.build)
+    base = open_side(given.base) if given.base else None
+    plain = None if base is None else base.module if base.module is not None else base.file
+    inputs = shared_inputs(a, b, given.inputs, given.text)
+    verdict = compare(a, b, inputs, base=plain, repro=given.repro, locate=True if given.html else None)
+    return _report([verdict], given.json, given.html)
 
 
 def golden_record(given: Namespace) -> int:
@@ -105,7 +109,7 @@ def golden_check(given: Namespace) -> int:
 
     quiet()
     model = open_model(given.model).model if given.model else None
-    return _report(golden.check(given.path, model, build=given.build), False)
+    return _report(golden.check(given.path, model, build=given.build), given.json, given.html)
 
 
 def golden_update(given: Namespace) -> int:
@@ -144,15 +148,16 @@ def refuse_used(out: str) -> None:
         raise LrcompileError(f"--out is {out!r}, which exists and is not empty; choose a new folder")
 
 
-def _report(verdicts: list[Any], as_json: bool) -> int:
-    if as_json:
-        print(
-            json.dumps(
-                [verdict.to_dict() for verdict in verdicts] if len(verdicts) > 1 else verdicts[0].to_dict(), indent=2
-            )
-        )
-    else:
-        print("\n\n".join(map(str, verdicts)))
+def _report(verdicts: list[Any], as_json: str | None, as_html: str | None) -> int:
+    """Print the verdicts, or write them where `--json` and `--html` say ("-": JSON on standard output)."""
+    found = [verdict.to_dict() for verdict in verdicts]
+    text = json.dumps(found if len(found) > 1 else found[0], indent=2, allow_nan=False)
+    if as_json and as_json != "-":
+        with atomic_file(as_json) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    if as_html:
+        write_page(verdicts, as_html)
+    print(text if as_json == "-" else "\n\n".join(map(str, verdicts)))
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 

@@ -23,10 +23,11 @@ from lrcompile.verifying.golden_files import (
     cases,
     changed_files,
     environment,
+    input_sets_of,
+    outputs_of,
     pack,
     read_case,
     read_tensors,
-    unpack,
     write_case,
 )
 from lrcompile.verifying.golden_models import built, describe, differing, furnish, rebuild, tensors_of
@@ -108,7 +109,7 @@ def update(
             "held": all(found),
             "drift": [[rung.name, str(rung.bound_ratio)] for rung in found[0].rungs],
         }
-        sets = [unpack(tree, data) for tree in case.inputs]
+        sets = input_sets_of(folder, case, data)
         kept = limits or Limits.from_dict(case.limits)
         _write(folder, new, sets, case.reason, case.pipeline, kept, case.limits_reason, [*case.updates, entry])
     return verdicts
@@ -158,15 +159,7 @@ def _check(folder: Path, model: nn.Module | None, build: str | None) -> list[Ver
         return [_failed(folder, limits, changed)]
     weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
     now = model if model is not None else _model(case, weights, build)
-    sets = [unpack(tree, data) for tree in case.inputs]
-    if not all(isinstance(given, dict | tuple) for given in sets):
-        raise VerificationError(f"{folder}: an input set must be a dict or a tuple")
-    try:
-        recorded = [
-            {name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)
-        ]
-    except KeyError as error:
-        raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
+    sets, recorded = input_sets_of(folder, case, data), outputs_of(folder, case, data)
     try:
         verdict = verify(now, {"recorded": RecordedRunner(recorded), "now": now}, sets, limits=limits)
         verdicts = [dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))]

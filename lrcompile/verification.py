@@ -25,7 +25,7 @@ from lrcompile.verifying.manifest import artefact
 from lrcompile.verifying.outputs import Inputs, aligned, input_sets
 from lrcompile.verifying.places import first_divergence, none_found
 from lrcompile.verifying.references import ModuleReference, Reference, file_reference
-from lrcompile.verifying.runners import Runner, runner
+from lrcompile.verifying.runners import ModuleRunner, Runner, runner
 from lrcompile.verifying.verdict import Limits, Rung, Verdict
 from lrcompile.wrapping import refuse_meta
 
@@ -75,6 +75,8 @@ def verify(
     runners = {name: runner(value, session=manifests[name].session) for name, value in rungs.items()}
     if not isinstance(candidate, Mapping):
         runners = {one.label: one for one in runners.values()}
+    from lrcompile.deployment.describing import versions
+
     judge, own_session = _judge(reference, base, sets, list(runners.values()))
     described = [artefact(reference), *manifests.values()]
     limits = limits or next((entry.limits for entry in reversed(described) if entry.limits), Limits())
@@ -94,7 +96,10 @@ def verify(
         ladder.climb(name, [{output: one[output] for output in shared} for one in actual])
     ladder.failures += [sentence for entry in described for sentence in entry.stale]
     session = own_session | {name: one.session for name, one in runners.items()}
-    verdict = dataclasses.replace(ladder.verdict(judge.dtype, session), uncompared=uncompared)
+    sizes = {judge.label: judge.size} | {name: getattr(one, "size", None) for name, one in runners.items()}
+    verdict = dataclasses.replace(
+        ladder.verdict(judge.dtype, session), uncompared=uncompared, sizes=sizes, versions=versions()
+    )
     if not (locate or repro is not None or (locate is None and not verdict.ok)):
         return verdict
     suspect = runners[ladder.first_failed or next(reversed(runners))]
@@ -116,7 +121,8 @@ def _judge(
         refuse_meta(reference, "verify", VerificationError)
         if base is not None and not isinstance(base, nn.Module):
             raise VerificationError(f"the base of a module is a module, not {type(base).__name__}")
-        return ModuleReference(reference, sets, base), {}
+        judge = ModuleReference(reference, sets, base)
+        return judge, {judge.label: ModuleRunner(reference).session}
     if not isinstance(reference, str | os.PathLike | Runner):
         raise VerificationError(
             "the reference must be an nn.Module, an exported program or a path to .onnx or .pt2, "
@@ -124,7 +130,7 @@ def _judge(
         )
     values = runner(reference, session=artefact(reference).session)
     plain = None if base is None else runner(base, session=artefact(base).session)
-    return file_reference(values, runners, plain), {f"reference {values.label}": values.session}
+    return file_reference(values, runners, plain), {f"reference: {values.label}": values.session}
 
 
 def _located(verdict: Verdict, judge: Reference, one: Runner, given: Inputs, allowed: float | None) -> Verdict:

@@ -44,6 +44,17 @@ class OnnxRunner:
         self._session = self._open(self._model)
 
     @property
+    def size(self) -> int:
+        """Bytes of the file and of what lies beside it for its tensors."""
+        outside = {
+            entry.value
+            for tensor in self._model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        return sum(path.stat().st_size for path in (self._path, *(self._path.parent / name for name in outside)))
+
+    @property
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
         return {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
@@ -72,10 +83,13 @@ class OnnxRunner:
         order = {name: index for index, name in enumerate(values)}
         found: dict[str, str] = {}
         for scope, names in scopes.leaving.items():
-            found |= {scope: name for name in names[::-1] if name in order}
+            leaving = [name for name in names if name in order]
+            if leaving:
+                found[scope] = leaving[0]
         for scope, names in scopes.entering.items():
             entering = [name for name in names if name in order]
-            found |= {f"{ENTERING}{scope}": name for name in entering if len(entering) == 1}
+            if len(entering) == 1:
+                found[f"{ENTERING}{scope}"] = entering[0]
 
         def place(name: str) -> tuple[int, bool, bool, int]:
             """Where two scopes end at one value, the innermost module comes first, and what it enters last."""

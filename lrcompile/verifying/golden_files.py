@@ -156,6 +156,29 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     raise VerificationError(f"a golden's input is malformed: {str(tree)[:80]}")
 
 
+def recorded_inputs(folder: Path) -> list[Any]:
+    """The input sets of a case, from the very files that were recorded."""
+    case = read_case(folder)
+    if changed := changed_files(folder, case):
+        raise VerificationError(f"{folder}: {'; '.join(changed)}; restore it or record a new case")
+    return input_sets_of(folder, case, read_tensors(folder / DATA))
+
+
+def input_sets_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[Any]:
+    sets = [unpack(tree, data) for tree in case.inputs]
+    if not sets or not all(isinstance(given, dict | tuple) for given in sets):
+        raise VerificationError(f"{folder}: an input set must be a dict or a tuple, and there must be one")
+    return sets
+
+
+def outputs_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What was recorded for each input set."""
+    try:
+        return [{name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)]
+    except KeyError as error:
+        raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
+
+
 def environment() -> dict[str, Any]:
     """What may explain a drift: versions, instruction set, threads."""
     import platform

@@ -36,7 +36,9 @@ class Reference(Protocol):
     """`exact` names the first rung; `steps` says whether the reference's own run is one of its own."""
 
     exact: str
+    label: str
     steps: bool
+    size: int | None
 
     @property
     def dtype(self) -> str: ...
@@ -57,6 +59,8 @@ class ModuleReference:
 
     def __init__(self, module: nn.Module, sets: list[Inputs], base: nn.Module | None = None):
         self.module, self.base = module, base
+        own = ModuleRunner(module)
+        self.label, self.size = f"reference: {own.label}", own.size
         self._dtype = working_dtype(module, sets)
         self.roundoff = unit_roundoff(self._dtype)
 
@@ -126,7 +130,8 @@ class FileReference:
         from lrcompile.interop.onnx_replay import working_roundoff
 
         self.values, self.graph, self.base = values, graph, base
-        self.exact = values.label
+        self.exact, self.label = values.label, f"reference: {values.label}"
+        self.size = getattr(values, "size", None)
         self._dtype, self.roundoff = working_roundoff(graph.model)
 
     @property

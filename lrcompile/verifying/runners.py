@@ -39,6 +39,12 @@ class ModuleRunner:
         self.label = label or type(getattr(module, "_orig_mod", module)).__name__
 
     @property
+    def size(self) -> int:
+        """Bytes of its tensors, shared ones once."""
+        held = {id(each): each for each in (*self.module.parameters(), *self.module.buffers())}
+        return sum(each.numel() * each.element_size() for each in held.values())
+
+    @property
     def session(self) -> dict[str, Any]:
         return {"runtime": "torch", "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
@@ -90,7 +96,7 @@ class PackageRunner:
                 f"{path} is not an AOTInductor package; if torch.export.save wrote it, "
                 "load it with torch.export.load and give the program"
             )
-        self.label, self.path = path.name, path
+        self.label, self.path, self.size = path.name, path, path.stat().st_size
         self._model = torch._inductor.aoti_load_package(str(path))
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +149,8 @@ class Verdict:
     failures: tuple[str, ...] = ()
     dtype: str = "float32"
     session: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     divergence: Divergence | None = None
     places: tuple[Place, ...] = ()
     uncompared: tuple[str, ...] = ()
@@ -160,6 +163,15 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: what is not finite is written as text."""
         return _plain(dataclasses.asdict(self))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One self-contained page: the tables, error along depth, effect kept at each site, sizes and settings.
+
+        The pictures need `places`: `verify(..., locate=True)`, or a verdict that failed.
+        """
+        from lrcompile.verifying.page import write_page
+
+        write_page([self], path)
 
     def __str__(self) -> str:
         share, start = self.adapter_relative_error, self.rungs[0].name if self.rungs else "nothing"
