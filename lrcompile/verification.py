@@ -25,7 +25,7 @@ from lrcompile.verifying.manifest import artefact
 from lrcompile.verifying.outputs import Inputs, aligned, input_sets
 from lrcompile.verifying.places import first_divergence, none_found
 from lrcompile.verifying.references import ModuleReference, Reference, file_reference
-from lrcompile.verifying.runners import ModuleRunner, Runner, runner
+from lrcompile.verifying.runners import ModuleRunner, PackageRunner, Runner, runner
 from lrcompile.verifying.verdict import Limits, Rung, Verdict
 from lrcompile.wrapping import refuse_meta
 
@@ -134,9 +134,12 @@ def _judge(
 
 
 def _located(verdict: Verdict, judge: Reference, one: Runner, given: Inputs, allowed: float | None) -> Verdict:
-    places = judge.places(one, given)
-    if isinstance(places, str):
-        found, note, places = None, places, ()
+    if isinstance(one, PackageRunner) and isinstance(judge, ModuleReference):
+        from lrcompile.verifying.packages import locate
+
+        places, found, note = locate(judge, one, given, verdict.limits)
+    elif isinstance(places := judge.places(one, given), str):
+        places, found, note = (), None, places
     else:
         found = first_divergence(places, verdict.limits, None if verdict.ok else allowed)
         note = None if found else none_found(places, one.label)

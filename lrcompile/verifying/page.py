@@ -89,7 +89,7 @@ def _effect(verdict: Verdict) -> Picture | None:
     axes.axvline(limit, color="#b3261e", linestyle="--", linewidth=1, label="limit of the share")
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     _names(axes, places)
-    caption = "Of what the adapter changes at each adapted site: cosine 1 is all of it, 0 nothing; shares over 2 stand at 2."
+    caption = "Of what the adapter changes there: cosine 1 is all of it, 0 nothing. Shares over 2 stand at 2."
     return Picture("Effect of the adapter kept, per site", caption, _svg(figure))
 
 

@@ -84,7 +84,7 @@ class ModuleReference:
                     bound.update(replayed[name])
             expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))
         del twin
-        plain = self._base_copy()
+        plain = self.base_copy()
         if plain is not None:
             for want, given in zip(expected, sets, strict=True):
                 without = _run64(plain, given, None)
@@ -97,7 +97,7 @@ class ModuleReference:
         find = getattr(candidate, "intermediates", None)
         if find is None:
             return f"no first divergence: {candidate.label} shows no intermediate values"
-        return examine(self.module, self._base_copy(), find, inputs, self.roundoff)
+        return examine(self.module, self.base_copy(), find, inputs, self.roundoff)
 
     def local(self, candidate: Runner, inputs: Inputs, place: str) -> Deviation | None:
         """What should stand at `place`, given what the candidate hands to it; of a module candidate, what the module
@@ -108,7 +108,7 @@ class ModuleReference:
             return submodule_value(self.module, enclosing(place), given, self.roundoff)
         return local_value(self.module, candidate.intermediates, inputs, self.roundoff, place)  # type: ignore[attr-defined]
 
-    def _base_copy(self) -> nn.Module | None:
+    def base_copy(self) -> nn.Module | None:
         """The float64 copy of what the module computes without its adapters, or None if it has none."""
         if self.base is not None:
             return float64_copy(self.base)

@@ -108,8 +108,25 @@ class PackageRunner:
         }
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        return self._run(self._model, inputs)
+
+    def constants(self) -> list[str]:
+        """The names of the weights it was compiled with."""
+        return list(self._model.get_constant_fqns())
+
+    def run_with(self, inputs: Inputs, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it gives with these weights in the place of its own, which stay as they are."""
+        other = torch._inductor.aoti_load_package(str(self.path))
+        if weights:
+            other.load_constants(dict(weights), check_full_update=False)
+        return self._run(other, inputs)
+
+    def _run(self, model: Any, inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
-            return named_outputs(call(self._model, copied(inputs)))
+            try:
+                return named_outputs(call(model, copied(inputs)))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise VerificationError(f"{self.label} cannot be run on these inputs: {error}") from error
 
 
 @contextmanager
