@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import LrcompileError, VerificationError
 from lrcompile.verifying.intermediates import ENTERING, arguments, enclosing, run_graph
-from lrcompile.verifying.outputs import Inputs, copied
+from lrcompile.verifying.outputs import Inputs, aligned, copied
 from lrcompile.verifying.provenance import graph_scopes
+from lrcompile.verifying.replay import Deviation
 from lrcompile.verifying.runners import ModuleRunner, PackageRunner, Runner, evaluating
 
 
@@ -31,12 +32,15 @@ class Part:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def cut(candidate: Runner, inputs: Inputs, place: str | None, outputs: list[str]) -> Part:
-    """The part of `candidate` behind `place`, with what enters it in a run on `inputs`; all of it for None."""
+def cut(candidate: Runner, inputs: Inputs, place: str | None, expected: Mapping[str, Deviation]) -> Part:
+    """The part of `candidate` behind `place`, with what enters it in a run on `inputs`; all of it for None.
+
+    `expected` has what the part should give, by the reference's names.
+    """
     if isinstance(candidate, PackageRunner):
-        return _package(candidate, inputs, outputs)
+        return _package(candidate, inputs, expected)
     if isinstance(candidate, ModuleRunner):
-        return _module(candidate.module, inputs, place, outputs)
+        return _module(candidate.module, inputs, place, list(expected))
     extract = getattr(candidate, "extract", None)
     if extract is None:
         raise VerificationError(f"{candidate.label} holds outputs only: there is nothing to run, so no repro")
@@ -50,7 +54,7 @@ def cut(candidate: Runner, inputs: Inputs, place: str | None, outputs: list[str]
     return Part("onnx", f"{len(model.graph.node)} ONNX nodes ({operators})", write, names)
 
 
-def _package(candidate: PackageRunner, inputs: Inputs, outputs: list[str]) -> Part:
+def _package(candidate: PackageRunner, inputs: Inputs, expected: Mapping[str, Deviation]) -> Part:
     named = inputs if isinstance(inputs, dict) else {f"input_{index}": value for index, value in enumerate(inputs)}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if len(tensors) != len(named):
@@ -60,7 +64,10 @@ def _package(candidate: PackageRunner, inputs: Inputs, outputs: list[str]) -> Pa
         shutil.copyfile(candidate.path, folder / "model.pt2")
         np.savez(folder / "inputs.npz", **{name: value.cpu().numpy() for name, value in tensors.items()})
 
-    options = {"positional": not isinstance(inputs, dict), "outputs": outputs}
+    theirs = {name: torch.tensor(index) for index, name in enumerate(candidate.run(inputs))}
+    places = aligned({name: bound.exact for name, bound in expected.items()}, theirs, candidate.label)
+    places = {name: int(index) for name, index in places.items()}
+    options = {"positional": not isinstance(inputs, dict), "outputs": places}
     return Part("package", "the whole package", write, [], options)
 
 

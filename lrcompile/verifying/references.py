@@ -106,7 +106,8 @@ class ModuleReference:
         if isinstance(candidate, ModuleRunner) and not has_graph(candidate.module) and not has_graph(self.module):
             given = arguments(candidate.module, inputs, enclosing(place))
             return submodule_value(self.module, enclosing(place), given, self.roundoff)
-        return local_value(self.module, candidate.intermediates, inputs, self.roundoff, place)  # type: ignore[attr-defined]
+        find = getattr(candidate, "intermediates", None)
+        return None if find is None else local_value(self.module, find, inputs, self.roundoff, place)
 
     def base_copy(self) -> nn.Module | None:
         """The float64 copy of what the module computes without its adapters, or None if it has none."""

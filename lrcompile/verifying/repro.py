@@ -72,7 +72,7 @@ given = {key: torch.from_numpy(stored[key].copy()) for key in stored.files}
 with torch.no_grad():
     result = call(*given.values()) if options["positional"] else call(**given)
 leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-values = {name: leaf.float().numpy() for name, leaf in zip(options["outputs"], leaves)}'''
+values = {name: leaves[index].float().numpy() for name, index in options["outputs"].items()}'''
 _KINDS = {
     "onnx": ("numpy and onnxruntime", "import onnxruntime", _ONNX),
     "program": ("numpy and torch", "import torch", _PROGRAM),
@@ -96,7 +96,7 @@ def write_repro(
     """
     place = verdict.divergence.name if verdict.divergence else None
     expected = _expected(judge, candidate, inputs, place)
-    part = cut(candidate, inputs, place, list(expected))
+    part = cut(candidate, inputs, place, expected)
     with atomic_folder(folder, error=VerificationError) as target:
         part.write(target)
         arrays = {name: bound.exact.numpy() for name, bound in expected.items()}
