@@ -233,7 +233,7 @@ def _scopes_of(node: onnx.NodeProto) -> frozenset[str]:
         return frozenset()  # only explains, never decides: an unreadable scope is no scope
     if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
         return frozenset()
-    return frozenset([*filter(None, scopes[:-1]), *(f"%{name}" for name in scopes[-1:])])
+    return frozenset([*scopes[:-1], *(f"%{name}" for name in scopes[-1:])])
 
 
 def _floating(model: onnx.ModelProto) -> set[str]:

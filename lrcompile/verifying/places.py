@@ -134,8 +134,8 @@ def _effect(value: Tensor, exact: Tensor, base: Tensor) -> tuple[float | None, f
 
 
 def first_divergence(places: tuple[Place, ...], limits: Limits, allowed: float | None) -> Divergence | None:
-    """The first place with r over the limit; where none is, the one that lost most of its adapter's effect, if that is
-    more than `allowed`.
+    """The first place with r over the limit. Where none is, of those that lost more than `allowed` of their adapter's
+    effect the one whose own error is most above rounding: an effect no larger than that has no share to speak of.
 
     What it inherits is the largest ratio among the places before it.
     """
@@ -144,11 +144,12 @@ def first_divergence(places: tuple[Place, ...], limits: Limits, allowed: float |
         if place.bound_ratio > limits.bound_ratio:
             return _divergence(place, inherited, len([p for p in places[: index + 1] if not _enters(p)]))
         inherited = max(inherited, place.bound_ratio)
-    lost = max((place for place in places if place.effect_error is not None), key=_lost, default=None)
-    if lost is None or allowed is None or _lost(lost) <= allowed:
+    lost = [] if allowed is None else [place for place in places if (place.effect_error or 0.0) > allowed]
+    if not lost:
         return None
-    before = max((place.bound_ratio for place in places[: places.index(lost)]), default=0.0)
-    return _divergence(lost, before, len(places))
+    worst = max(lost, key=lambda place: place.local_ratio or 0.0)
+    before = max((place.bound_ratio for place in places[: places.index(worst)]), default=0.0)
+    return _divergence(worst, before, len([place for place in places if not _enters(place)]))
 
 
 def _divergence(place: Place, inherited: float, compared: int) -> Divergence:
@@ -158,10 +159,6 @@ def _divergence(place: Place, inherited: float, compared: int) -> Divergence:
 
 def _enters(place: Place) -> bool:
     return place.name.startswith(ENTERING)
-
-
-def _lost(place: Place) -> float:
-    return place.effect_error or 0.0
 
 
 def none_found(places: tuple[Place, ...], label: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -11,7 +11,7 @@ from torch import fx
 @dataclass(frozen=True)
 class Step:
     """One node: the values it makes and uses, and the scopes it lies in (module paths, and `%name` for the traced node
-    itself).
+    itself). The scope of the whole model is `""`, where it is known; a node without it was put in by a pass.
     """
 
     makes: Sequence[str]
@@ -32,8 +32,25 @@ class Scopes:
 
     @classmethod
     def of(cls, steps: Iterable[Step], results: Iterable[str], makers: Mapping[str, str]) -> Scopes:
-        steps = list(steps)
+        steps = adopted(list(steps), list(results))
         return cls(scope_values(steps, results), scope_entries(steps), makers)
+
+
+def adopted(steps: list[Step], results: Sequence[str]) -> list[Step]:
+    """Nodes that a pass put in lie where all that use them lie: it expanded one node of that module."""
+    if not any("" in step.scopes for step in steps):
+        return steps  # nothing says what was there before
+    used_in: dict[str, list[frozenset[str]]] = {name: [frozenset()] for name in results}
+    found = []
+    for step in reversed(steps):
+        if "" not in step.scopes:
+            users = [scopes for name in step.makes for scopes in used_in.get(name, ())]
+            common = frozenset.intersection(*users) if users else frozenset()
+            step = replace(step, scopes=step.scopes | {scope for scope in common if not scope.startswith("%")})
+        for name in step.uses:
+            used_in.setdefault(name, []).append(step.scopes)
+        found.append(replace(step, scopes=step.scopes - {""}))
+    return found[::-1]
 
 
 def scope_values(steps: Iterable[Step], results: Iterable[str]) -> dict[str, list[str]]:
