@@ -241,7 +241,12 @@ def _golden(commands: argparse._SubParsersAction) -> None:
     record.add_argument("path", metavar="CASE", help="a new folder")
     record.add_argument("model", metavar="MODEL", help=_MODEL)
     record.add_argument("--reason", required=True, help="why this case exists; kept in its manifest")
+    record.add_argument("--adapter", metavar="DIR", help="load this adapter first")
     record.add_argument("--passes", metavar="NAMES", help="run these at each check (see: lrcompile passes)")
+    record.add_argument(
+        "--forms", metavar="NAMES",
+        help="put the model into these at each check, with commas: merged, onnx, onnx-inline, onnx-nf4, pt2",
+    )  # fmt: skip
     _input_options(record)
     check = _add(
         actions, "check", "commands:golden_check", "Compute every case again; exit code 1 if one does not hold.",
@@ -253,6 +258,7 @@ def _golden(commands: argparse._SubParsersAction) -> None:
         "  lrcompile golden update golden/minilm --reason 'torch 2.14 sums in another order'",
     )  # fmt: skip
     update.add_argument("--reason", required=True, help="why the old outputs are no longer right; kept in the manifest")
+    check.add_argument("--forms", metavar="NAMES", help="of the forms that a case asks for only these; '' for none")
     _report_options(check)
     for parser in (check, update):
         parser.add_argument("path", metavar="PATH", help="a case, or a folder of cases")

@@ -97,9 +97,10 @@ def golden_record(given: Namespace) -> int:
     import lrcompile.golden as golden
 
     quiet()
-    opened = open_model(given.model)
+    opened = _adapted(given.model, given.adapter)
     inputs = opened.inputs(given.inputs, given.text or ["a text whose outputs are kept", "another"])
-    golden.record(given.path, opened.model, inputs, pipeline=given.passes, reason=given.reason)
+    forms = names(given.forms) if given.forms else []
+    golden.record(given.path, opened.model, inputs, pipeline=given.passes, forms=forms, reason=given.reason)
     print(f"wrote {given.path}")
     return 0
 
@@ -109,7 +110,8 @@ def golden_check(given: Namespace) -> int:
 
     quiet()
     model = open_model(given.model).model if given.model else None
-    return _report(golden.check(given.path, model, build=given.build), given.json, given.html)
+    forms = None if given.forms is None else names(given.forms)
+    return _report(golden.check(given.path, model, build=given.build, forms=forms), given.json, given.html)
 
 
 def golden_update(given: Namespace) -> int:

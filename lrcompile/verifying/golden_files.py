@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lrcompile import safe_tensors
 from lrcompile.errors import VerificationError
+from lrcompile.verifying.golden_forms import check_forms
 from lrcompile.verifying.manifest import sha256
 from lrcompile.verifying.strictjson import read_object
 from lrcompile.verifying.verdict import Limits
 from lrcompile.writing import atomic_folder
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, WEIGHTS, DATA = "golden.json", "weights.safetensors", "data.safetensors"
 MAX_BYTES = 4 << 30
 _MAX_HEADER = 32 << 20
@@ -50,6 +51,7 @@ class Case:
     adapters: list[dict[str, Any]] = field(default_factory=list)
     quantization: dict[str, Any] | None = None
     pipeline: str | None = None
+    forms: list[str] = field(default_factory=list)
     updates: list[dict[str, Any]] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -99,6 +101,10 @@ def read_case(path: Path) -> Case:
     ):
         raise VerificationError(f"{manifest}: outputs must be lists of names")
     Limits.from_dict(content["limits"])
+    try:
+        check_forms(content["forms"])
+    except VerificationError as error:
+        raise VerificationError(f"{manifest}: {error}") from error
     return Case(**content)
 
 

@@ -222,7 +222,13 @@ def _run64(
     twin: nn.Module, given: Inputs, outputs: Sequence[str] | None, inside: AbstractContextManager[None] | None = None
 ) -> dict[str, Tensor]:
     with evaluating(twin), float64_mode(), inside or nullcontext():
-        return selected(named_outputs(call(twin, widen_inputs(given))), outputs, "the reference")
+        try:
+            result = call(twin, widen_inputs(given))
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise VerificationError(
+                f"the reference runs in its own type, but not in float64: {type(error).__name__}: {error}"
+            ) from error
+        return selected(named_outputs(result), outputs, "the reference")
 
 
 def _inexact(value: Tensor) -> bool:
