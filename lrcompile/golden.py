@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompile.errors import LrcompileError, VerificationError
+from lrcompile.progress import shown
 from lrcompile.verification import verify
 from lrcompile.verifying.golden_files import (
     DATA,
@@ -29,6 +30,7 @@ from lrcompile.verifying.golden_files import (
     pack,
     read_case,
     read_tensors,
+    refuse_nan,
     write_case,
 )
 from lrcompile.verifying.golden_forms import check_forms, through
@@ -83,7 +85,12 @@ def check(
     wanted = None if forms is None else check_forms(forms)
     if model is not None and build is not None:
         raise VerificationError("give model or build, not both")
-    return [verdict for folder in cases(path) for verdict in _check(folder, model, build, wanted)]
+    folders = cases(path)
+    return [
+        verdict
+        for folder in shown(folders, "checking goldens", len(folders))
+        for verdict in _check(folder, model, build, wanted)
+    ]
 
 
 def update(
@@ -147,6 +154,7 @@ def _write(
         passes.parse(pipeline)
     architecture, adapters, quantization = describe(model)
     outputs = [ModuleRunner(model).run(given) for given in sets]
+    refuse_nan(folder, outputs)
     data: dict[str, Tensor] = {}
     packed = [pack(given, f"inputs/{index}", data) for index, given in enumerate(sets)]
     for index, named in enumerate(outputs):

@@ -6,6 +6,7 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -71,10 +72,18 @@ def write_case(path: Path, case: Case, weights: Mapping[str, Tensor], data: Mapp
             "sha256": {name: sha256(folder / name) for name in (WEIGHTS, DATA)},
         }
         try:
+            content["seal"] = seal(content)
             text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise VerificationError(f"{path}: something of this case has no form in JSON: {error}") from error
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """sha256 over a manifest but its seal: what was damaged or edited by hand shows. It is no signature."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_case(path: Path) -> Case:
@@ -82,7 +91,11 @@ def read_case(path: Path) -> Case:
     manifest = path / MANIFEST
     _own_file(manifest)
     content = read_object(manifest, schema=SCHEMA)
-    del content["schema"]
+    if content.get("seal") != seal(content):
+        raise VerificationError(
+            f"{manifest} is not as it was written: its seal differs; restore it, or record the case anew"
+        )
+    del content["schema"], content["seal"]
     known = {entry.name: str(entry.type) for entry in fields(Case)}
     if set(content) != set(known):
         unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
@@ -180,9 +193,20 @@ def input_sets_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[
 def outputs_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """What was recorded for each input set."""
     try:
-        return [{name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)]
+        sets = [{name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)]
     except KeyError as error:
         raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
+    refuse_nan(folder, sets)
+    return sets
+
+
+def refuse_nan(folder: Path, outputs: list[dict[str, Tensor]]) -> None:
+    """A model that gives NaN is broken, and a golden of it would guard nothing. (−∞ is how logits are masked.)"""
+    broken = [name for named in outputs for name, value in named.items() if bool(torch.isnan(value).any())]
+    if broken:
+        raise VerificationError(
+            f"{folder}: the outputs {', '.join(dict.fromkeys(broken))} hold NaN; a golden is of a model that works"
+        )
 
 
 def environment() -> dict[str, Any]:
