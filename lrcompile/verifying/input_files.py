@@ -102,4 +102,4 @@ def _member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Ten
     if dtype.kind == "b" and not set(data) <= {0, 1}:
         raise VerificationError(f"{where} holds truth values that are neither 0 nor 1")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(np.ascontiguousarray(array.astype(dtype.newbyteorder("=")).reshape(shape)))
+    return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))  # always a copy: `data` is read-only
