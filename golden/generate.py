@@ -20,9 +20,10 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "benchmarks")]
 
+from zoo.families import FAMILIES  # noqa: E402
+
 import lrcompile  # noqa: E402 (after the path)
 import lrcompile.golden  # noqa: E402
-from zoo.families import FAMILIES  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Faults that kill fine-tunes silently, put in on purpose: each verdict fails and names the guilty place, in a module, a
-graph and an ONNX file, with its own share told from what later places inherit; and the repro shows it by itself.
+"""Faults that kill fine-tunes silently, put in on purpose: each verdict fails and names the guilty place, in a module,
+a graph and an ONNX file, with its own share told from what later places inherit; and the repro shows it by itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A golden from outside, mutated hundreds of times: refused with a typed error, or failing, or still true. Never a crash
-of another kind, never a change that passes for the recorded case.
+"""A golden from outside, mutated hundreds of times: refused with a typed error, or failing, or still true. Never a
+crash of another kind, never a change that passes for the recorded case.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from lrcompile.verifying.manifest import sha256
 
 PATIENCE = 20.0  # seconds a single check may take, on a busy machine
 JUNK: list[Any] = [
-    None, True, -1, 0, 2**63, 10**400, 1e308, float("inf"), "", "x" * 5000, "../../etc/passwd", "/dev/zero", "os:system",
-    [], {}, [[]], {"tensor": "nowhere"}, {"value": {"dict": 1}}, "\u0000", "𝕏", [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]],
+    None, True, -1, 0, 2**63, 10**400, 1e308, float("inf"), "", "x" * 5000, "../../etc/passwd", "/dev/zero",
+    "os:system", [], {}, [[]], {"tensor": "nowhere"}, {"value": {"dict": 1}}, "\u0000", "\U0001d54f",
+    [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]],
 ]  # fmt: skip
 
 
@@ -50,8 +51,7 @@ def outcome(folder: Path, **options: Any) -> str:
     started = time.monotonic()
     try:
         verdicts = golden.check(folder, **options)
-    except LrcompileError as error:
-        assert str(error), "a refusal says why"
+    except LrcompileError:
         found = "refused"
     else:
         found = "holds" if all(verdicts) else "fails"

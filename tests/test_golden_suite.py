@@ -1,4 +1,4 @@
-"""The goldens of this project hold on this machine: on another instruction set, and in every form they are shipped in."""
+"""The goldens of this project hold on this machine, on another instruction set, and in every form they ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs from files: what is written comes back; what claims to be huge, or is a pickle, is refused before it is read."""
+"""Inputs from files: what is written comes back; what claims to be huge, or is a pickle, is refused unread."""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ def int4(tmp_path: Path) -> tuple[nn.Module, Path]:
     packed = (flat[0::2] & 0xF) | ((flat[1::2] & 0xF) << 4)
     weight = onnx.helper.make_tensor("w", proto.INT4, codes.shape, packed.astype(np.uint8).tobytes(), raw=True)
     graph = onnx.helper.make_graph(
-        [make("DequantizeLinear", ["w", "s"], ["wf"], axis=0, block_size=BLOCK), make("MatMul", ["x", "wf"], ["output"])],
+        [
+            make("DequantizeLinear", ["w", "s"], ["wf"], axis=0, block_size=BLOCK),
+            make("MatMul", ["x", "wf"], ["output"]),
+        ],
         "int4",
         [onnx.helper.make_tensor_value_info("x", proto.FLOAT, [ROWS, WIDE])],
         [onnx.helper.make_tensor_value_info("output", proto.FLOAT, [ROWS, OUT])],
@@ -66,7 +69,9 @@ def test_4_bit_weights_are_run_with_float_activations_unless_a_manifest_says_oth
     assert verify(linear, path, inputs).ok
 
 
-def test_graphs_are_held_to_each_other_under_each_ones_own_settings(int4: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_graphs_are_held_to_each_other_under_each_ones_own_settings(
+    int4: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
     _, path = int4
     other = tmp_path / "other.onnx"
     other.write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""lrcompile verify holds any two of model, adapter, .onnx, .pt2 and golden against each other, or says why it cannot."""
+"""lrcompile verify holds any two of model, adapter, .onnx, .pt2 and golden against each other, or says why not."""
 
 from __future__ import annotations
 
