@@ -121,7 +121,7 @@ def _judge(
         refuse_meta(reference, "verify", VerificationError)
         if base is not None and not isinstance(base, nn.Module):
             raise VerificationError(f"the base of a module is a module, not {type(base).__name__}")
-        judge = ModuleReference(reference, sets, base)
+        judge: Reference = ModuleReference(reference, sets, base)
         return judge, {judge.label: ModuleRunner(reference).session}
     if not isinstance(reference, str | os.PathLike | Runner):
         raise VerificationError(
@@ -138,11 +138,11 @@ def _located(verdict: Verdict, judge: Reference, one: Runner, given: Inputs, all
         from lrcompile.verifying.packages import locate
 
         places, found, note = locate(judge, one, given, verdict.limits)
-    elif isinstance(places := judge.places(one, given), str):
-        places, found, note = (), None, places
     else:
+        seen = judge.places(one, given)
+        places = () if isinstance(seen, str) else seen
         found = first_divergence(places, verdict.limits, None if verdict.ok else allowed)
-        note = None if found else none_found(places, one.label)
+        note = seen if isinstance(seen, str) else None if found else none_found(places, one.label)
     note = "; ".join(part for part in (verdict.note, note) if part) or None
     return dataclasses.replace(
         verdict, first_divergence=found.name if found else None, divergence=found, places=places, note=note

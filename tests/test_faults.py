@@ -239,7 +239,7 @@ def int8_product(path: Path, site: str) -> None:
     step = np.abs(value).max() / 127
     codes = np.rint(value / step).astype(np.int8)
     proto.graph.initializer.extend(
-        [onnx.numpy_helper.from_array(codes, "codes"), onnx.numpy_helper.from_array(np.float32(step), "step")]
+        [onnx.numpy_helper.from_array(codes, "codes"), onnx.numpy_helper.from_array(np.array(step, np.float32), "step")]
     )
     make = onnx.helper.make_node
     new = [

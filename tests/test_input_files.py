@@ -45,7 +45,9 @@ def test_unnamed_arrays_are_positional_and_safetensors_and_goldens_work_too(tmp_
     assert isinstance(found, tuple)
     assert [tuple(each.shape) for each in found] == [(2,), (3,)]
     save_file({"x": torch.ones(2)}, tmp_path / "in.safetensors")
-    assert read_inputs(tmp_path / "in.safetensors")[0]["x"].tolist() == [1, 1]  # type: ignore[call-overload]
+    (named,) = read_inputs(tmp_path / "in.safetensors")
+    assert isinstance(named, dict)
+    assert named["x"].tolist() == [1, 1]
     sets: list[Any] = [(torch.randn(2, 3),), (torch.randn(4, 3),)]
     golden.record(tmp_path / "golden", torch.nn.Linear(3, 2), sets, reason="two input sets")
     again = read_inputs(tmp_path / "golden")
@@ -56,7 +58,7 @@ def test_a_small_file_that_expands_to_much_is_refused_unread(tmp_path: Path) -> 
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as handle:
         np.lib.format.write_array_header_1_0(
-            handle, {"descr": "<f4", "fortran_order": False, "shape": (40 << 20,)}  # type: ignore[arg-type]
+            handle, {"descr": "<f4", "fortran_order": False, "shape": (40 << 20,)}
         )
         for _ in range(160):
             handle.write(bytes(1 << 20))
@@ -67,7 +69,7 @@ def test_a_small_file_that_expands_to_much_is_refused_unread(tmp_path: Path) -> 
 
 def array(shape: tuple[int, ...], data: bytes, descr: str = "<f4") -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue() + data
 
 

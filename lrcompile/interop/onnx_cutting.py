@@ -24,11 +24,16 @@ def part(
     `model` is the checked structure of `path`, so external data lies beside it. `values` gives each input's type and
     shape. Raises `VerificationError` for a piece beyond ONNX's 2 GiB.
     """
-    onnx = require("onnx", "onnx")
+    require("onnx", "onnx")
+    import onnx
+
     made = {name: node for node in model.graph.node for name in node.output if name}
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     targets = list(targets)
-    needed, entering, weights, open_names = set(), {}, {}, list(targets)
+    needed: set[int] = set()
+    entering: dict[str, None] = {}
+    weights: dict[str, onnx.TensorProto] = {}
+    open_names = list(targets)
     while open_names:
         name = open_names.pop()
         if name in held:

@@ -24,7 +24,9 @@ _MOST_IDENTITY = 1 << 28  # bytes of one identity matrix
 
 def replayed(model: onnx.ModelProto, roundoff: float, seed: int) -> onnx.ModelProto:
     """The perturbed copy; every value keeps its name."""
-    onnx = require("onnx", "onnx")
+    require("onnx", "onnx")
+    import onnx
+
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph

@@ -48,10 +48,15 @@ def cut(candidate: Runner, inputs: Inputs, place: str | None, expected: Mapping[
 
     def write(folder: Path) -> None:
         (folder / "model.onnx").write_bytes(model.SerializeToString())
-        np.savez(folder / "inputs.npz", **{name: value.numpy() for name, value in values.items()})
+        savez(folder / "inputs.npz", {name: value.numpy() for name, value in values.items()})
 
     operators = ", ".join(dict.fromkeys(node.op_type for node in model.graph.node))
     return Part("onnx", f"{len(model.graph.node)} ONNX nodes ({operators})", write, names)
+
+
+def savez(path: Path, arrays: dict[str, Any]) -> None:
+    """`np.savez` for arrays of any name."""
+    np.savez(path, **arrays)
 
 
 def _package(candidate: PackageRunner, inputs: Inputs, expected: Mapping[str, Deviation]) -> Part:
@@ -62,20 +67,21 @@ def _package(candidate: PackageRunner, inputs: Inputs, expected: Mapping[str, De
 
     def write(folder: Path) -> None:
         shutil.copyfile(candidate.path, folder / "model.pt2")
-        np.savez(folder / "inputs.npz", **{name: value.cpu().numpy() for name, value in tensors.items()})
+        savez(folder / "inputs.npz", {name: value.cpu().numpy() for name, value in tensors.items()})
 
     theirs = {name: torch.tensor(index) for index, name in enumerate(candidate.run(inputs))}
-    places = aligned({name: bound.exact for name, bound in expected.items()}, theirs, candidate.label)
-    places = {name: int(index) for name, index in places.items()}
+    found = aligned({name: bound.exact for name, bound in expected.items()}, theirs, candidate.label)
+    places = {name: int(index) for name, index in found.items()}
     options = {"positional": not isinstance(inputs, dict), "outputs": places}
     return Part("package", "the whole package", write, [], options)
 
 
 def _module(module: nn.Module, inputs: Inputs, place: str | None, outputs: list[str]) -> Part:
     module = getattr(module, "_orig_mod", module)
+    piece: nn.Module
     if isinstance(module, fx.GraphModule) and place is not None:
         piece, args, kwargs = _piece(module, inputs, place)
-        what = f"{len([node for node in piece.graph.nodes if node.op.startswith('call_')])} nodes of the graph"
+        what = "a piece of the graph"
     else:
         path = enclosing(place or "")
         piece, (args, kwargs) = module.get_submodule(path), arguments(module, inputs, path)
@@ -120,13 +126,13 @@ def _piece(
     ends -= {made}
     with torch.no_grad():
         values = run_graph(module, copied(inputs), {name: name for name in scopes.makers})
-    graph, copies, given = fx.Graph(), {}, {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
 
     def build(node: fx.Node) -> fx.Node:
         if node in copies:
             return copies[node]
         if node.op == "placeholder" or (node.name in ends and node.name in values):
-            given[node.name] = None
             copies[node] = graph.placeholder(node.name)
         else:
             for used in node.all_input_nodes:

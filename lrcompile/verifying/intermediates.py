@@ -191,7 +191,8 @@ def run_graph(
         if node.name in wanted:
             with graph.inserting_after(twin):
                 handed = graph.call_function(record, (wanted[node.name], twin))
-            twin.replace_all_uses_with(handed, delete_user_cb=lambda user, handed=handed: user is not handed)
+            twin.replace_all_uses_with(handed)
+            handed.args = (wanted[node.name], twin)  # it reads what all others now read from it
     traced = fx.GraphModule(module, graph)
     with evaluating(traced):
         call(traced, inputs)

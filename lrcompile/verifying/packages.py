@@ -68,7 +68,7 @@ def locate(
             inherited_ratio=0.0, compared=len(weights),
         )  # fmt: skip
         return (), found, f"with the reference's {names} in its place, {candidate.label} holds"
-    return _compiled_again(judge, candidate, program, inputs, limits, bounds)
+    return _compiled_again(judge, candidate, program, inputs, limits, own[0], bounds)
 
 
 def _weights(program: Program, names: Sequence[str]) -> dict[str, Tensor]:
@@ -98,6 +98,7 @@ def _compiled_again(
     program: Program,
     inputs: Inputs,
     limits: Limits,
+    own: dict[str, Tensor],
     bounds: Mapping[str, Deviation],
 ) -> tuple[tuple[Place, ...], Divergence | None, str | None]:
     outputs: dict[str, Tensor] = {}
@@ -108,12 +109,11 @@ def _compiled_again(
         return found
 
     places = examine(judge.module, judge.base_copy(), find, inputs, judge.roundoff)
-    theirs = candidate.run(inputs)
-    mine = aligned(theirs, outputs, "the package compiled again")
+    theirs, mine = aligned(own, candidate.run(inputs), candidate.label), aligned(own, outputs, "the package again")
     apart = [
         name
-        for name, bound in aligned(theirs, dict(bounds), "the reference").items()  # type: ignore[arg-type]
-        if bound.ratio(float((mine[name].double() - theirs[name].double()).abs().max())) > limits.bound_ratio
+        for name, bound in bounds.items()
+        if name in mine and not _agree(theirs[name], mine[name], bound, limits.bound_ratio)
     ]
     if apart:
         note = (
@@ -123,6 +123,13 @@ def _compiled_again(
         return (), None, f"no first divergence: {note}"
     note = f"places of {candidate.label} are those of the same program compiled again with every place as an output"
     return places, first_divergence(places, limits, None), note
+
+
+def _agree(one: Tensor, other: Tensor, bound: Deviation, limit: float) -> bool:
+    if one.shape != other.shape:
+        return False
+    apart = (one.double() - other.double()).abs().nan_to_num()
+    return bound.ratio(float(apart.max()) if apart.numel() else 0.0) <= limit
 
 
 def _marked(program: Program, inputs: Inputs, shapes: Shapes) -> tuple[dict[str, Found], dict[str, Tensor]]:

@@ -60,7 +60,8 @@ class ModuleReference:
     def __init__(self, module: nn.Module, sets: list[Inputs], base: nn.Module | None = None):
         self.module, self.base = module, base
         own = ModuleRunner(module)
-        self.label, self.size = f"reference: {own.label}", own.size
+        self.label = f"reference: {own.label}"
+        self.size: int | None = own.size
         self._dtype = working_dtype(module, sets)
         self.roundoff = unit_roundoff(self._dtype)
 

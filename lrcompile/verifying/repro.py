@@ -16,7 +16,7 @@ import numpy as np
 
 from lrcompile.deployment.describing import versions
 from lrcompile.errors import VerificationError
-from lrcompile.verifying.cutting import Part, cut
+from lrcompile.verifying.cutting import Part, cut, savez
 from lrcompile.verifying.outputs import Inputs
 from lrcompile.verifying.references import ModuleReference, Reference
 from lrcompile.verifying.replay import Deviation
@@ -104,7 +104,7 @@ def write_repro(
         renamed = dict(zip(arrays, part.outputs, strict=True)) if part.outputs else {name: name for name in arrays}
         arrays = {renamed[name]: value for name, value in arrays.items()}
         bounds = {f"bound:{renamed[key.removeprefix('bound:')]}": value for key, value in bounds.items()}
-        np.savez(target / "expected.npz", **(arrays | bounds))
+        savez(target / "expected.npz", arrays | bounds)
         options = {"limit": verdict.limits.bound_ratio, "session": candidate.session, "versions": versions()}
         text = json.dumps(options | part.options, indent=1, default=str)
         (target / "options.json").write_text(text + "\n", encoding="utf-8")
