@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompile.errors import VerificationError
+from lrcompile.verifying.comparing import Expected
 from lrcompile.verifying.ladder import Ladder
 from lrcompile.verifying.manifest import artefact
 from lrcompile.verifying.outputs import Inputs, aligned, input_sets
@@ -93,7 +94,9 @@ def verify(
     ladder = Ladder(judge.expected(sets, own), limits, judge.exact)
     ladder.start(own, shown=judge.steps)
     for name, actual in results.items():
-        ladder.climb(name, [{output: one[output] for output in shared} for one in actual])
+        choices, expected = _choices(judge, runners[name], sets, own, ladder)
+        outputs_of = [{output: one[output] for output in shared} for one in actual]
+        ladder.climb(name, outputs_of, choices=choices, expected=expected)
     ladder.failures += [sentence for entry in described for sentence in entry.stale]
     session = own_session | {name: one.session for name, one in runners.items()}
     sizes = {judge.label: judge.size} | {name: getattr(one, "size", None) for name, one in runners.items()}
@@ -109,6 +112,21 @@ def verify(
 
         write_repro(repro, verdict, judge, suspect, sets[0])
     return verdict
+
+
+def _choices(
+    judge: Reference, one: Runner, sets: list[Inputs], own: list[dict[str, Tensor]], ladder: Ladder
+) -> tuple[list[list[Tensor]] | None, list[Expected] | None]:
+    """What the routers of a candidate take, and what is right there, where it is not what the reference's take."""
+    find = getattr(one, "choices", None)
+    if find is None or not any(want.choices for want in ladder.expected):
+        return None, None
+    taken = [find(given) for given in sets]
+    pairs = list(zip(taken, ladder.expected, strict=True))
+    if any([each.shape for each in mine] != [each.shape for each in want.choices] for mine, want in pairs):
+        return None, None  # a graph that was rewritten may sort where the model did not, or choose in another form
+    as_expected = all(all(map(torch.equal, mine, want.choices)) for mine, want in pairs)
+    return taken, None if as_expected else judge.expected(sets, own, taken)
 
 
 def _judge(

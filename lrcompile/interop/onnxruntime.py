@@ -73,6 +73,16 @@ class OnnxRunner:
 
         return matched(self._scopes(), self.values(self._model, inputs), shapes)
 
+    def choices(self, inputs: Inputs) -> list[Tensor]:
+        """Which experts its routers take: the indices of every TopK, in order."""
+        onnx = require("onnx", "onnx")
+        wanted = [node.output[1] for node in self._model.graph.node if node.op_type == "TopK" and len(node.output) > 1]
+        marked = onnx.ModelProto()
+        marked.CopyFrom(self._model)
+        present = {output.name for output in marked.graph.output}
+        marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
+        return list(self._run(self._open(marked), wanted, inputs).values()) if wanted else []
+
     def places(self, inputs: Inputs, model: onnx.ModelProto | None = None) -> dict[str, Tensor]:
         """The value that leaves each scope last, and the one that enters it where it is one, in the order of the graph;
         of a `model` with this one's names.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.verifying.comparing import Expected, adapter_effect, compare
+from lrcompile.verifying.routing import compare_choices
 from lrcompile.verifying.verdict import Limits, OutputRow, Rung, Verdict
 
 _MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding any more, whatever the dtype
@@ -36,15 +37,28 @@ class Ladder:
             self.climb("eager", own, judged=False)
             self.own = self.rungs[-1]
 
-    def climb(self, name: str, actual: list[dict[str, Tensor]], *, judged: bool = True) -> None:
-        """Add the rung `name` with its outputs per input set."""
+    def climb(
+        self,
+        name: str,
+        actual: list[dict[str, Tensor]],
+        *,
+        judged: bool = True,
+        choices: list[list[Tensor]] | None = None,
+        expected: list[Expected] | None = None,
+    ) -> None:
+        """Add the rung `name` with its outputs per input set; `choices` are those of its routers, and `expected` what
+        is right at these choices, where they are not the reference's.
+        """
         rows, failures = [], []
-        for want, got, mine in zip(self.expected, actual, self.eager, strict=True):
-            row, failure = compare(want, got, mine, self.limits)
+        for index, (want, got, mine) in enumerate(zip(self.expected, actual, self.eager, strict=True)):
+            row, failure = compare(expected[index] if expected else want, got, mine, self.limits)
+            if choices is not None:
+                routers, wrong = compare_choices(choices[index], want.choices, want.free)
+                row, failure = row + routers, failure + wrong
             rows.append(row)
             failures += failure
         merged = [_worst(each) for each in zip(*rows, strict=True)]
-        error, cosine = adapter_effect(self.expected, actual)
+        error, cosine = adapter_effect(expected or self.expected, actual)
         added = [self._added(index, got) for index, got in enumerate(actual)]
         self.rungs.append(
             Rung(

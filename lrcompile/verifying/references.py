@@ -22,6 +22,7 @@ from lrcompile.verifying.intermediates import arguments, enclosing, has_graph
 from lrcompile.verifying.outputs import Inputs, aligned, call, named_outputs, selected
 from lrcompile.verifying.places import deviation_ratio, examine, local_value, submodule_value
 from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
+from lrcompile.verifying.routing import choices_of, forcing, recording
 from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating
 from lrcompile.verifying.verdict import Place
 
@@ -45,7 +46,9 @@ class Reference(Protocol):
 
     def own(self, sets: list[Inputs], outputs: Sequence[str] | None) -> list[dict[str, Tensor]]: ...
 
-    def expected(self, sets: list[Inputs], own: list[dict[str, Tensor]]) -> list[Expected]: ...
+    def expected(
+        self, sets: list[Inputs], own: list[dict[str, Tensor]], choices: list[list[Tensor]] | None = None
+    ) -> list[Expected]: ...
 
     def places(self, candidate: Runner, inputs: Inputs) -> tuple[Place, ...] | str: ...
 
@@ -72,18 +75,28 @@ class ModuleReference:
     def own(self, sets: list[Inputs], outputs: Sequence[str] | None) -> list[dict[str, Tensor]]:
         return [selected(one, outputs, "the reference") for one in map(ModuleRunner(self.module).run, sets)]
 
-    def expected(self, sets: list[Inputs], own: list[dict[str, Tensor]]) -> list[Expected]:
-        """y64, D and the base's y64 for each set of inputs; the doubled copies live one at a time."""
+    def expected(
+        self, sets: list[Inputs], own: list[dict[str, Tensor]], choices: list[list[Tensor]] | None = None
+    ) -> list[Expected]:
+        """y64, D and the base's y64 for each set of inputs; the doubled copies live one at a time. `choices` has what
+        routers are to take; None: what they take in the module's own dtype.
+        """
         twin, names, expected = float64_copy(self.module), list(own[0]), []
-        for given in sets:
-            exact = _run64(twin, given, names)
+        for index, given in enumerate(sets):
+            free: list[Tensor] = []
+            exact = _run64(twin, given, names, recording(free))
+            taken = free if not free else choices_of(self.module, given) if choices is None else choices[index]
+            if any(not torch.equal(one.cpu(), other.cpu()) for one, other in zip(free, taken, strict=False)):
+                exact = _run64(twin, given, names, forcing(taken))
             bounds = {name: Deviation(value, self.roundoff) for name, value in exact.items() if _inexact(value)}
             magnitudes = Magnitudes()
             for seed in SEEDS if bounds else ():
-                replayed = _run64(twin, given, names, perturbed(self.roundoff, seed, magnitudes))
+                with forcing(taken) if taken else nullcontext():
+                    replayed = _run64(twin, given, names, perturbed(self.roundoff, seed, magnitudes))
                 for name, bound in bounds.items():
                     bound.update(replayed[name])
-            expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))
+            integers = {name: value for name, value in exact.items() if not _inexact(value)}
+            expected.append(Expected(bounds, integers, choices=taken, free=free))
         del twin
         plain = self.base_copy()
         if plain is not None:
@@ -143,7 +156,9 @@ class FileReference:
     def own(self, sets: list[Inputs], outputs: Sequence[str] | None) -> list[dict[str, Tensor]]:
         return [selected(one, outputs, self.values.label) for one in map(self.values.run, sets)]
 
-    def expected(self, sets: list[Inputs], own: list[dict[str, Tensor]]) -> list[Expected]:
+    def expected(
+        self, sets: list[Inputs], own: list[dict[str, Tensor]], choices: list[list[Tensor]] | None = None
+    ) -> list[Expected]:
         expected = []
         for given, mine in zip(sets, own, strict=True):
             exact = {name: _wide(value) for name, value in mine.items() if _inexact(value)}

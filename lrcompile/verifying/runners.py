@@ -64,6 +64,12 @@ class ModuleRunner:
 
         return module_values(self.module, inputs, shapes)
 
+    def choices(self, inputs: Inputs) -> list[Tensor]:
+        """Which experts its routers take."""
+        from lrcompile.verifying.routing import choices_of
+
+        return choices_of(self.module, inputs)
+
 
 class RecordedRunner:
     """Outputs that were recorded, as a candidate; they belong to the input sets in order."""
