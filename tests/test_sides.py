@@ -196,6 +196,7 @@ def test_a_package_is_held_against_a_graph_and_refused_against_a_package(
     run: Run, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(plain)
+    torch.manual_seed(5)  # another model than the fixture's
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5)).eval()
     x = (torch.randn(6, 12),)
     lrcompile.export(model, plain / "model.pt2", x)

@@ -77,7 +77,7 @@ def choices_of(module: nn.Module, inputs: Inputs) -> list[Tensor]:
 def compare_choices(
     theirs: Sequence[Tensor], own: Sequence[Tensor], free: Sequence[Tensor]
 ) -> tuple[list[OutputRow], list[str]]:
-    """A row for each router, and a sentence for each that takes experts which neither the reference nor float64 takes."""
+    """A row for each router, and a sentence for each that takes experts neither the reference nor float64 takes."""
     rows, failures = [], []
     for index, (mine, eager, exact) in enumerate(zip(theirs, own, free, strict=True)):
         name = f"router {index}"
