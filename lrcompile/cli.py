@@ -215,7 +215,7 @@ def _verify(commands: argparse._SubParsersAction) -> None:
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the numbers as JSON; without FILE print them so"
+        "--json", nargs="?", const="-", metavar="FILE", help="write the numbers as JSON; last and without FILE: print them so"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with tables and pictures; one file, no network")
 

@@ -31,6 +31,7 @@ from lrcompile.verifying.golden_files import (
 )
 from lrcompile.verifying.golden_models import built, furnish, rebuild
 from lrcompile.verifying.input_files import read_inputs
+from lrcompile.verifying.manifest import described
 from lrcompile.verifying.runners import RecordedRunner
 from lrcompile.verifying.strictjson import read_object
 from lrcompile.verifying.verdict import Limits, Verdict
@@ -131,7 +132,19 @@ def shared_inputs(a: Side, b: Side, file: str | None, texts: list[str] | None) -
         raise VerificationError(
             f"{a.label} and {b.label} have no tokenizer: give --inputs FILE (.safetensors, .npz or a golden's folder)"
         )
-    return [opened.inputs(None, texts or ["what it computes", "is what was trained, within rounding"])]
+    found = opened.inputs(None, texts or ["what it computes", "is what was trained, within rounding"])
+    for side in (a, b):
+        found = _taken(side, found)
+    return [found]
+
+
+def _taken(side: Side, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of a tokenizer's tensors those that a file was exported to take: both sides get the same ones."""
+    ports = described(side.file).get("inputs") if side.file is not None else None
+    names = {port.get("name") for port in ports if isinstance(port, dict)} if isinstance(ports, list) else set()
+    if not names or not names <= set(inputs):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in names or not isinstance(value, Tensor)}
 
 
 def compare(a: Side, b: Side, inputs: list[Any], **options: Any) -> Verdict:

@@ -129,6 +129,12 @@ def test_a_base_without_its_adapter_does_not_hold_and_report_and_repro_say_where
     assert (tmp_path / "repro" / "run.py").is_file()
 
 
+def test_texts_become_the_inputs_that_the_file_takes(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    code, out, err = run("verify", "adapter", "model.onnx", "--base", "base", "--text", "abc", "--text", "de f")
+    assert code == 0, out + err  # the tokenizer also gives token_type_ids, which was no input of the export
+
+
 def test_the_base_of_an_adapter_is_the_folder_it_names_and_never_a_download(
     run: Run, made: Path, tmp_path: Path
 ) -> None:
