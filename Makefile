@@ -51,8 +51,9 @@ types: setup ## mypy, on the package and the tests
 packaging: setup ## the packaging tests: wheel through sdist, names, links, imports
 	$(PYTEST) tests/test_packaging.py $(ARGS)
 
-golden: setup ## check the stored goldens
-	$(BIN)/lrcompile golden check golden/ $(ARGS)
+# Compiled packages take a minute more: `make slow` has them.
+golden: setup ## check the stored goldens, in ONNX Runtime too
+	$(BIN)/lrcompile golden check golden/ --forms merged,onnx,onnx-inline,onnx-nf4 $(ARGS)
 
 check: lint types packaging ## lint, types and packaging
 

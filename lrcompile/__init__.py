@@ -106,7 +106,6 @@ if TYPE_CHECKING:
     from lrcompile.specs import spec as spec
     from lrcompile.stepping import compile_step as compile_step
     from lrcompile.swapping import export_adapter as export_adapter
-    from lrcompile.swapping import session as session
     from lrcompile.verification import Limits as Limits
     from lrcompile.verification import Verdict as Verdict
     from lrcompile.verification import verify as verify

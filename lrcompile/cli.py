@@ -225,21 +225,38 @@ def _export(commands: argparse._SubParsersAction) -> None:
 def _verify(commands: argparse._SubParsersAction) -> None:
     verify = _add(
         commands, "verify", "commands:verify",
-        "Hold B against float64 of A: error bound, share of the adapter's effect, first place they part.\n\n"
-        "Exit code 0: holds; 1: does not hold.",
+        "Hold B against A: error bound, share of the adapter's effect kept, first place they part.\n\n"
+        "Each of A and B is a model, an adapter's folder (with --base), a .onnx or .pt2 file, or a golden.\n"
+        "float64 of the side that is a model is what is right. Where neither is one, A's own outputs are, and\n"
+        "the bound is measured by rounding at random inside an ONNX graph; without one there is none: refused.\n"
+        "Exit code 0: holds; 1: does not hold; 2: cannot be compared.",
         "  lrcompile verify merged model.onnx --text 'an example' --text 'another one'\n"
-        "  lrcompile verify base merged --adapter adapter --inputs batch.safetensors --json",
+        "  lrcompile verify adapter model.onnx --base base --html report.html --repro failing\n"
+        "  lrcompile verify old.onnx new.onnx --inputs batch.npz --json verdict.json",
     )  # fmt: skip
-    verify.add_argument("reference", metavar="A", help=f"the model that says what is right: {_MODEL}")
-    verify.add_argument("candidate", metavar="B", help="a .onnx or .pt2 file, or another model")
-    verify.add_argument("--adapter", metavar="[NAME=]DIR", help="load this adapter into A first")
-    verify.add_argument("--base", metavar="MODEL", help="the model without its adapter, where A has it merged")
-    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument("reference", metavar="A", help=f"what says what is right; a model is {_MODEL}")
+    verify.add_argument("candidate", metavar="B", help="what is held against it")
+    verify.add_argument("--adapter", metavar="[NAME=]DIR", help="load this adapter into the model A first")
+    verify.add_argument(
+        "--base", metavar="MODEL",
+        help="the model without its adapter: what an adapter's folder belongs to, or where A has it merged",
+    )  # fmt: skip
+    verify.add_argument("--build", metavar="MODULE:FUNCTION", help="your code that makes a golden's model")
+    verify.add_argument("--repro", metavar="DIR", help="if it does not hold, the smallest part that shows it goes here")
+    _report_options(verify)
     _input_options(verify)
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write the numbers as JSON; last and without FILE: print them so",
+    )  # fmt: skip
+    parser.add_argument("--html", metavar="FILE", help="write a page with tables and pictures; one file, no network")
+
+
 def _input_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--inputs", metavar="FILE.safetensors", help="input tensors by name")
+    parser.add_argument("--inputs", metavar="FILE", help="input tensors by name: .safetensors, .npz, or a golden")
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="an input text for the model's tokenizer; repeat it"
     )
@@ -259,7 +276,12 @@ def _golden(commands: argparse._SubParsersAction) -> None:
     record.add_argument("path", metavar="CASE", help="a new folder")
     record.add_argument("model", metavar="MODEL", help=_MODEL)
     record.add_argument("--reason", required=True, help="why this case exists; kept in its manifest")
+    record.add_argument("--adapter", metavar="DIR", help="load this adapter first")
     record.add_argument("--passes", metavar="NAMES", help="run these at each check (see: lrcompile passes)")
+    record.add_argument(
+        "--forms", metavar="NAMES",
+        help="put the model into these at each check, with commas: merged, onnx, onnx-inline, onnx-nf4, pt2",
+    )  # fmt: skip
     _input_options(record)
     check = _add(
         actions, "check", "commands:golden_check", "Compute every case again; exit code 1 if one does not hold.",
@@ -271,6 +293,8 @@ def _golden(commands: argparse._SubParsersAction) -> None:
         "  lrcompile golden update golden/minilm --reason 'torch 2.14 sums in another order'",
     )  # fmt: skip
     update.add_argument("--reason", required=True, help="why the old outputs are no longer right; kept in the manifest")
+    check.add_argument("--forms", metavar="NAMES", help="of the forms that a case asks for only these; '' for none")
+    _report_options(check)
     for parser in (check, update):
         parser.add_argument("path", metavar="PATH", help="a case, or a folder of cases")
         parser.add_argument("--model", help=f"needed where a case cannot rebuild its own: {_MODEL}")

@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 import lrcompile
-from lrcompile.demo.opening import Opened, open_model, outline
+from lrcompile.demo.opening import open_model, outline
 from lrcompile.demo.sources import quiet
 from lrcompile.errors import LrcompileError, SpecError
+from lrcompile.sides import adapted, compare, open_side, shared_inputs
 from lrcompile.specs import Spec
-from lrcompile.writing import atomic_folder
+from lrcompile.verifying.page import write_page
+from lrcompile.writing import atomic_file, atomic_folder
 
 
 def plan(given: Namespace) -> int:
@@ -32,7 +34,7 @@ def plan(given: Namespace) -> int:
 def merge(given: Namespace) -> int:
     quiet()
     refuse_used(given.out)
-    opened = _adapted(given.model, given.adapter)
+    opened = adapted(given.model, given.adapter)
     calibration = [opened.inputs(given.inputs, given.text)] if given.inputs or given.text else None
     limit = {} if given.limit is None else {"limit": given.limit}
     report = lrcompile.merge(
@@ -70,7 +72,7 @@ def export(given: Namespace) -> int:
         raise LrcompileError("--genai is for a decoder with a cache: give --use-cache too")
     if len(given.adapter) > 1 and given.adapters != "inputs":
         raise LrcompileError("--adapter is given several times: only --adapters inputs keeps more than one apart")
-    opened = _adapted(given.model, *given.adapter)
+    opened = adapted(given.model, *given.adapter)
     done = lrcompile.export(
         opened.model,
         given.file,
@@ -93,7 +95,7 @@ def export(given: Namespace) -> int:
 
 def export_adapter(given: Namespace) -> int:
     quiet()
-    opened = _adapted(given.model, given.adapter)
+    opened = adapted(given.model, given.adapter)
     print(f"wrote {lrcompile.export_adapter(opened.model, given.file)}")
     print(f"prove it: lrcompile verify {given.model} {given.file} --adapter {given.adapter}")
     return 0
@@ -101,21 +103,23 @@ def export_adapter(given: Namespace) -> int:
 
 def verify(given: Namespace) -> int:
     quiet()
-    opened = _adapted(given.reference, *([given.adapter] if given.adapter else []))
-    inputs = opened.inputs(given.inputs, given.text or ["what it computes", "is what was trained, within rounding"])
-    file = Path(given.candidate).suffix in (".onnx", ".pt2")
-    candidate: Any = given.candidate if file else open_model(given.candidate).model
-    base = open_model(given.base).model if given.base else None
-    return _report([lrcompile.verify(opened.model, candidate, inputs, base=base)], given.json)
+    a = open_side(given.reference, base=given.base, adapter=given.adapter, build=given.build)
+    b = open_side(given.candidate, base=given.base, build=given.build)
+    base = open_side(given.base) if given.base else None
+    plain = None if base is None else base.module if base.module is not None else base.file
+    inputs = shared_inputs(a, b, given.inputs, given.text)
+    verdict = compare(a, b, inputs, base=plain, repro=given.repro, locate=True if given.html else None)
+    return _report([verdict], given.json, given.html)
 
 
 def golden_record(given: Namespace) -> int:
     import lrcompile.golden as golden
 
     quiet()
-    opened = open_model(given.model)
+    opened = adapted(given.model, given.adapter)
     inputs = opened.inputs(given.inputs, given.text or ["a text whose outputs are kept", "another"])
-    golden.record(given.path, opened.model, inputs, pipeline=given.passes, reason=given.reason)
+    forms = names(given.forms) if given.forms else []
+    golden.record(given.path, opened.model, inputs, pipeline=given.passes, forms=forms, reason=given.reason)
     print(f"wrote {given.path}")
     return 0
 
@@ -125,7 +129,8 @@ def golden_check(given: Namespace) -> int:
 
     quiet()
     model = open_model(given.model).model if given.model else None
-    return _report(golden.check(given.path, model, build=given.build), False)
+    forms = None if given.forms is None else names(given.forms)
+    return _report(golden.check(given.path, model, build=given.build, forms=forms), given.json, given.html)
 
 
 def golden_update(given: Namespace) -> int:
@@ -164,29 +169,17 @@ def refuse_used(out: str) -> None:
         raise LrcompileError(f"--out is {out!r}, which exists and is not empty; choose a new folder")
 
 
-def _report(verdicts: list[Any], as_json: bool) -> int:
-    if as_json:
-        print(
-            json.dumps(
-                [verdict.to_dict() for verdict in verdicts] if len(verdicts) > 1 else verdicts[0].to_dict(), indent=2
-            )
-        )
-    else:
-        print("\n\n".join(map(str, verdicts)))
+def _report(verdicts: list[Any], as_json: str | None, as_html: str | None) -> int:
+    """Print the verdicts, or write them where `--json` and `--html` say ("-": JSON on standard output)."""
+    found = [verdict.to_dict() for verdict in verdicts]
+    text = json.dumps(found if len(found) > 1 else found[0], indent=2, allow_nan=False)
+    if as_json and as_json != "-":
+        with atomic_file(as_json) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    if as_html:
+        write_page(verdicts, as_html)
+    print(text if as_json == "-" else "\n\n".join(map(str, verdicts)))
     return 0 if all(verdict.ok for verdict in verdicts) else 1
-
-
-def _adapted(model: str, *adapters: str) -> Opened:
-    """The model with these adapters (`[NAME=]DIR`), the last one active."""
-    opened = open_model(model)
-    for each in adapters:
-        name, equals, folder = each.partition("=")
-        if equals and not Path(each).exists():
-            lrcompile.load(opened.model, folder, name=name)
-        else:
-            lrcompile.load(opened.model, each)
-        opened.model.eval()
-    return opened
 
 
 def _spec(given: Namespace) -> Spec:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lrcompile.errors import LrcompileError, VerificationError
+from lrcompile.progress import shown
 from lrcompile.verification import verify
 from lrcompile.verifying.golden_files import (
     DATA,
@@ -23,15 +25,18 @@ from lrcompile.verifying.golden_files import (
     cases,
     changed_files,
     environment,
+    input_sets_of,
+    outputs_of,
     pack,
     read_case,
     read_tensors,
-    unpack,
+    refuse_nan,
     write_case,
 )
+from lrcompile.verifying.golden_forms import check_forms, through
 from lrcompile.verifying.golden_models import built, describe, differing, furnish, rebuild, tensors_of
 from lrcompile.verifying.outputs import Inputs, input_sets
-from lrcompile.verifying.runners import ModuleRunner
+from lrcompile.verifying.runners import ModuleRunner, RecordedRunner
 from lrcompile.verifying.verdict import Limits, Verdict
 
 __all__ = ["check", "record", "update"]
@@ -43,33 +48,49 @@ def record(
     inputs: Inputs | list[Inputs],
     *,
     pipeline: str | None = None,
+    forms: Sequence[str] = (),
     reason: str,
     limits: Limits | None = None,
     limits_reason: str = "defaults of lrcompile.Limits",
 ) -> None:
     """Store weights, configuration, `inputs` and the eager outputs of `model` as the case folder `path`, atomically.
 
-    `pipeline` names passes (`"merge-lora,expand-lora"`) to run on the captured model at each check. Adapters and NF4
+    `pipeline` names passes (`"merge-lora,expand-lora"`) to run on the captured model at each check, `forms` what else
+    it is put into there: "merged", "onnx", "onnx-inline", "onnx-nf4", "pt2". Adapters and NF4
     layers of ours are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes
     one), a missing reason, or an input or setting that has no plain form.
     """
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise VerificationError(f"{folder} exists; golden.update changes a case, and says what changed")
-    _write(folder, model, input_sets(inputs), _stated(reason), pipeline, limits or Limits(), limits_reason, [])
+    kept = limits or Limits()
+    _write(folder, model, input_sets(inputs), _stated(reason), pipeline, check_forms(forms), kept, limits_reason, [])
 
 
-def check(path: str | os.PathLike[str], model: nn.Module | None = None, *, build: str | None = None) -> list[Verdict]:
-    """One verdict a case, and one for its pipeline: do the recorded outputs and those computed now lie within r·D?
+def check(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    build: str | None = None,
+    forms: Sequence[str] | None = None,
+) -> list[Verdict]:
+    """One verdict a case, one for its pipeline and one for each of its forms: do the recorded outputs and those
+    computed now lie within r·D?
 
     `path` is a case or a folder of cases. A `transformers` case is rebuilt from its configuration; for others give
     `model`, judged as it is, or `build="package.module:function"`, called for a model that gets the stored tensors. A
     mismatch is a verdict with `.ok` False. A case that is malformed, of another version, or needs a model that was not
-    given raises `VerificationError`.
+    given raises `VerificationError`. Of the forms that a case asks for, `forms` keeps these (None: all).
     """
+    wanted = None if forms is None else check_forms(forms)
     if model is not None and build is not None:
         raise VerificationError("give model or build, not both")
-    return [verdict for folder in cases(path) for verdict in _check(folder, model, build)]
+    folders = cases(path)
+    return [
+        verdict
+        for folder in shown(folders, "checking goldens", len(folders))
+        for verdict in _check(folder, model, build, wanted)
+    ]
 
 
 def update(
@@ -98,7 +119,7 @@ def update(
             raise VerificationError(f"{folder}: {'; '.join(changed)}; restore it or record a new case")
     verdicts = []
     for folder, case in old.items():
-        found = _check(folder, model, build)
+        found = _check(folder, model, build, None)
         verdicts += found
         print(*found, sep="\n")
         weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
@@ -108,9 +129,11 @@ def update(
             "held": all(found),
             "drift": [[rung.name, str(rung.bound_ratio)] for rung in found[0].rungs],
         }
-        sets = [unpack(tree, data) for tree in case.inputs]
+        sets = input_sets_of(folder, case, data)
         kept = limits or Limits.from_dict(case.limits)
-        _write(folder, new, sets, case.reason, case.pipeline, kept, case.limits_reason, [*case.updates, entry])
+        _write(
+            folder, new, sets, case.reason, case.pipeline, case.forms, kept, case.limits_reason, [*case.updates, entry]
+        )
     return verdicts
 
 
@@ -120,6 +143,7 @@ def _write(
     sets: list[Inputs],
     reason: str,
     pipeline: str | None,
+    forms: list[str],
     limits: Limits,
     limits_reason: str,
     updates: list[dict[str, Any]],
@@ -130,6 +154,7 @@ def _write(
         passes.parse(pipeline)
     architecture, adapters, quantization = describe(model)
     outputs = [ModuleRunner(model).run(given) for given in sets]
+    refuse_nan(folder, outputs)
     data: dict[str, Tensor] = {}
     packed = [pack(given, f"inputs/{index}", data) for index, given in enumerate(sets)]
     for index, named in enumerate(outputs):
@@ -145,12 +170,15 @@ def _write(
         adapters=adapters,
         quantization=quantization,
         pipeline=pipeline,
+        forms=forms,
         updates=updates,
     )
     write_case(folder, case, tensors_of(model), data)
 
 
-def _check(folder: Path, model: nn.Module | None, build: str | None) -> list[Verdict]:
+def _check(
+    folder: Path, model: nn.Module | None, build: str | None, forms: Sequence[str] | None
+) -> list[Verdict]:
     case = read_case(folder)
     limits = Limits.from_dict(case.limits)
     changed = changed_files(folder, case)
@@ -158,36 +186,17 @@ def _check(folder: Path, model: nn.Module | None, build: str | None) -> list[Ver
         return [_failed(folder, limits, changed)]
     weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
     now = model if model is not None else _model(case, weights, build)
-    sets = [unpack(tree, data) for tree in case.inputs]
-    if not all(isinstance(given, dict | tuple) for given in sets):
-        raise VerificationError(f"{folder}: an input set must be a dict or a tuple")
+    sets, recorded = input_sets_of(folder, case, data), outputs_of(folder, case, data)
     try:
-        recorded = [
-            {name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)
-        ]
-    except KeyError as error:
-        raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
-    try:
-        verdict = verify(now, {"recorded": _Recorded(recorded), "now": now}, sets, limits=limits)
+        verdict = verify(now, {"recorded": RecordedRunner(recorded), "now": now}, sets, limits=limits)
         verdicts = [dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))]
         if case.pipeline is not None:
             verdicts.append(_through_passes(folder, now, sets, case.pipeline, limits))
+        for form in case.forms if forms is None else [each for each in case.forms if each in forms]:
+            verdicts.append(dataclasses.replace(through(form, now, sets, limits), name=f"{folder} as {form}"))
     except LrcompileError as error:
         return [_failed(folder, limits, [f"it cannot be compared: {error}"])]
     return verdicts
-
-
-class _Recorded:
-    """The recorded outputs as a candidate; they belong to the input sets in order."""
-
-    label = "recorded"
-    session: dict[str, Any] = {"runtime": "none"}  # noqa: RUF012 (the protocol's field, never written)
-
-    def __init__(self, outputs: list[dict[str, Tensor]]):
-        self._left = iter(outputs)
-
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        return next(self._left)
 
 
 def _model(case: Case, weights: dict[str, Tensor], build: str | None) -> nn.Module:

@@ -4,27 +4,31 @@
     e = ‖y - y64‖ / ‖effect‖      effect = y64 - y64 of the base without its adapter
 
 The ladder is float64 of the intended mathematics → the reference in its own dtype → the candidate (or several, in
-order); each rung's error is measured against float64, and what it adds against the rung before.
+order); each rung's error is measured against float64, and what it adds against the rung before. Where no side is a
+module there is no float64: the reference's own outputs take its place, and D is measured on an ONNX graph
+(`lrcompile.verifying.references`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import ExportError, VerificationError
 from lrcompile.state import acting
 from lrcompile.verifying.comparing import Expected
-from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.ladder import Ladder
 from lrcompile.verifying.manifest import Artefact, artefact
-from lrcompile.verifying.outputs import Inputs, aligned, call, input_sets, named_outputs, selected
-from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed, unit_roundoff, working_dtype
-from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating, runner
+from lrcompile.verifying.outputs import Inputs, aligned, input_sets
+from lrcompile.verifying.places import first_divergence, none_found
+from lrcompile.verifying.references import ModuleReference, Reference, file_reference
+from lrcompile.verifying.runners import ModuleRunner, PackageRunner, Runner, runner
 from lrcompile.verifying.verdict import Limits, Rung, Verdict
 from lrcompile.wrapping import refuse_meta
 
@@ -32,28 +36,34 @@ __all__ = ["Limits", "Rung", "Verdict", "verify"]
 
 
 def verify(
-    reference: nn.Module,
+    reference: Any,
     candidate: Any,
     inputs: Inputs | list[Inputs],
     *,
     limits: Limits | None = None,
-    base: nn.Module | None = None,
+    base: Any = None,
     outputs: Sequence[str] | None = None,
     locate: bool | None = None,
+    repro: str | os.PathLike[str] | None = None,
 ) -> Verdict:
     """max |y - y64| ≤ 16·D for every floating output, ‖y - y64‖ ≤ 0.05·‖adapter's effect‖, integers equal, NaN and
     infinities in place.
 
-    `reference` is an eager module. `candidate` is a module, an `fx.GraphModule`, an exported program, a path to
-    `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the limits. `inputs` is a dict
-    (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
+    `reference` is an eager module, an `fx.GraphModule` or an exported program. `candidate` is a module, a graph, an
+    exported program, a path to `.onnx` or `.pt2`, or a mapping of names to these: the rungs in order, all held to the
+    limits. `inputs` is a dict (kwargs), a tuple (args) or a list of several. All run in evaluation mode.
+
+    `reference` may also be a path to `.onnx` or `.pt2`. It has no float64, so candidates are held to its own outputs,
+    with D measured in ONNX Runtime on the first side that is an ONNX graph; without one there is no bound, an error.
 
     An `.onnx` file that takes its adapters as inputs runs with those that are active in the reference (by their names;
     a `lrcompile.run` runs with those it was opened with), after the checks of `run`.
 
-    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded).
-    `outputs` restricts the comparison to these names. `locate` looks for the first diverging place: None does when the
-    verdict fails. `limits` default to those in the manifest beside an artefact, else `Limits()`.
+    `base` gives the adapter's effect where the reference no longer knows its adapter (merged for good, reloaded, a
+    file): of a module a module, of a file a file. `outputs` restricts the comparison to these names. `locate` measures
+    every place of the model (`Verdict.places`) and looks for the first diverging one: None does when the verdict fails.
+    `repro` is a new folder for the smallest part that shows a failure, runnable without lrcompile. `limits` default to
+    those in the manifest beside a candidate, then beside the reference, else `Limits()`.
 
     An export with a cache is compared on the prompt (`inputs`, an empty past) and on the token after it, logits and
     cache.
@@ -61,30 +71,35 @@ def verify(
     A comparison that fails is a `Verdict` with `.ok` False; one that cannot be made raises `VerificationError`, for an
     adapter's file that is missing or does not fit `AdapterError`.
     """
-    if not isinstance(reference, nn.Module):
-        raise VerificationError(f"the reference must be an nn.Module, not {type(reference).__name__}")
     if limits is not None and not isinstance(limits, Limits):
         raise VerificationError(f"limits must be lrcompile.Limits(...), got {type(limits).__name__}")
-    refuse_meta(reference, "verify", VerificationError)
+    if repro is not None:
+        from lrcompile.verifying.repro import refuse_used
+
+        refuse_used(repro)
     sets = input_sets(inputs)
     rungs = dict(candidate) if isinstance(candidate, Mapping) else {"candidate": candidate}
     if not rungs:
         raise VerificationError("the mapping of candidates is empty; give at least one")
     manifests = {name: artefact(value) for name, value in rungs.items()}
-    runners = {name: runner(value, manifests[name], acting(reference)) for name, value in rungs.items()}
+    active = acting(reference) if isinstance(reference, nn.Module) else {}
+    runners = {name: runner(value, manifests[name], active) for name, value in rungs.items()}
     if not isinstance(candidate, Mapping):
         runners = {one.label: one for one in runners.values()}
-    limits = limits or next((entry.limits for entry in reversed(manifests.values()) if entry.limits), Limits())
+    described = [artefact(reference), *manifests.values()]
+    limits = limits or next((entry.limits for entry in reversed(described) if entry.limits), Limits())
     with _as_decoders(manifests, reference, base, sets) as sets:
-        return _climbed(reference, runners, sets, manifests, limits, base, outputs, locate)
+        return _climbed(reference, runners, sets, described, limits, base, outputs, locate, repro)
 
 
 @contextmanager
 def _as_decoders(
-    manifests: Mapping[str, Artefact], reference: nn.Module, base: nn.Module | None, sets: list[Inputs]
+    manifests: Mapping[str, Artefact], reference: Any, base: Any, sets: list[Inputs]
 ) -> Iterator[list[Inputs]]:
-    """Where a candidate takes and returns its cache, the reference does too, and each prompt is followed by a token."""
-    if not any(entry.generation for entry in manifests.values()):
+    """Where a candidate takes and returns its cache, a module that is the reference does too, and each prompt is
+    followed by a token.
+    """
+    if not any(entry.generation for entry in manifests.values()) or not isinstance(reference, nn.Module):
         yield sets
         return
     from lrcompile.deployment.decoding import PAST, decoding, prompt_of, steps
@@ -105,92 +120,99 @@ def _as_decoders(
 
 
 def _climbed(
-    reference: nn.Module,
+    reference: Any,
     runners: dict[str, Runner],
     sets: list[Inputs],
-    manifests: Mapping[str, Artefact],
+    described: Sequence[Artefact],
     limits: Limits,
-    base: nn.Module | None,
+    base: Any,
     outputs: Sequence[str] | None,
     locate: bool | None,
+    repro: str | os.PathLike[str] | None,
 ) -> Verdict:
-    own = [selected(one, outputs, "the reference") for one in map(ModuleRunner(reference).run, sets)]
+    from lrcompile.deployment.describing import versions
+
+    judge, own_session = _judge(reference, base, sets, list(runners.values()))
+    own = judge.own(sets, outputs)
     results = {
         name: [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]
         for name, one in runners.items()
     }
     shared = [name for name in own[0] if all(name in actual[0] for actual in results.values())]
     uncompared = tuple(name for name in own[0] if name not in shared)
+    own = [{name: each[name] for name in shared} for each in own]
 
-    dtype = working_dtype(reference, sets)
-    expected = expectations(reference, sets, unit_roundoff(dtype), base, shared)
-    ladder = Ladder(expected, limits)
-    for name, actual in [("eager", own), *results.items()]:
-        ladder.climb(name, [{output: one[output] for output in shared} for one in actual], judged=actual is not own)
-    for entry in manifests.values():
-        ladder.failures += entry.stale
-    verdict = ladder.verdict(str(dtype).removeprefix("torch."), {name: one.session for name, one in runners.items()})
-    verdict = dataclasses.replace(verdict, uncompared=uncompared)
-    if not (locate or (locate is None and not verdict.ok)):
+    ladder = Ladder(judge.expected(sets, own), limits, judge.exact)
+    ladder.start(own, shown=judge.steps)
+    for name, actual in results.items():
+        choices, expected = _choices(judge, runners[name], sets, own, ladder)
+        outputs_of = [{output: one[output] for output in shared} for one in actual]
+        ladder.climb(name, outputs_of, choices=choices, expected=expected)
+    ladder.failures += [sentence for entry in described for sentence in entry.stale]
+    session = own_session | {name: one.session for name, one in runners.items()}
+    sizes = {judge.label: judge.size} | {name: getattr(one, "size", None) for name, one in runners.items()}
+    verdict = dataclasses.replace(
+        ladder.verdict(judge.dtype, session), uncompared=uncompared, sizes=sizes, versions=versions()
+    )
+    if not (locate or repro is not None or (locate is None and not verdict.ok)):
         return verdict
     suspect = runners[ladder.first_failed or next(reversed(runners))]
-    return _located(verdict, reference, suspect, sets[0], unit_roundoff(dtype))
+    verdict = _located(verdict, judge, suspect, sets[0], ladder.allowed)
+    if repro is not None and not verdict.ok:
+        from lrcompile.verifying.repro import write_repro
+
+        write_repro(repro, verdict, judge, suspect, sets[0])
+    return verdict
 
 
-def expectations(
-    reference: nn.Module,
-    sets: list[Inputs],
-    roundoff: float,
-    base: nn.Module | None = None,
-    outputs: Sequence[str] | None = None,
-) -> list[Expected]:
-    """y64, D and the base's y64 for each set of inputs; the doubled copies live one at a time."""
-    twin, expected = float64_copy(reference), []
-    for given in sets:
-        exact = _run64(twin, given, outputs)
-        bounds = {name: Deviation(value, roundoff) for name, value in exact.items() if _inexact(value)}
-        magnitudes = Magnitudes()
-        for seed in SEEDS if bounds else ():
-            replayed = _run64(twin, given, outputs, perturbed(roundoff, seed, magnitudes))
-            for name, bound in bounds.items():
-                bound.update(replayed[name])
-        expected.append(Expected(bounds, {name: value for name, value in exact.items() if not _inexact(value)}))
-    del twin
-    plain = _base_copy(reference, base)
-    if plain is not None:
-        for want, given in zip(expected, sets, strict=True):
-            without = _run64(plain, given, None)
-            want.base = {name: value for name, value in aligned(exact, without, "the base").items() if _inexact(value)}
-    return expected
+def _choices(
+    judge: Reference, one: Runner, sets: list[Inputs], own: list[dict[str, Tensor]], ladder: Ladder
+) -> tuple[list[list[Tensor]] | None, list[Expected] | None]:
+    """What the routers of a candidate take, and what is right there, where it is not what the reference's take."""
+    find = getattr(one, "choices", None)
+    if find is None or not any(want.choices for want in ladder.expected):
+        return None, None
+    taken = [find(given) for given in sets]
+    pairs = list(zip(taken, ladder.expected, strict=True))
+    if any([each.shape for each in mine] != [each.shape for each in want.choices] for mine, want in pairs):
+        return None, None  # a graph that was rewritten may sort where the model did not, or choose in another form
+    as_expected = all(all(map(torch.equal, mine, want.choices)) for mine, want in pairs)
+    return taken, None if as_expected else judge.expected(sets, own, taken)
 
 
-def _run64(
-    twin: nn.Module, given: Inputs, outputs: Sequence[str] | None, inside: AbstractContextManager[None] | None = None
-) -> dict[str, Tensor]:
-    with evaluating(twin), float64_mode(), inside or nullcontext():
-        return selected(named_outputs(call(twin, widen_inputs(given))), outputs, "the reference")
+def _judge(
+    reference: Any, base: Any, sets: list[Inputs], runners: list[Runner]
+) -> tuple[Reference, dict[str, dict[str, Any]]]:
+    """The reference, and what its own run is to be recorded under."""
+    if isinstance(reference, torch.export.ExportedProgram):
+        reference = reference.module()
+    if isinstance(reference, nn.Module):
+        refuse_meta(reference, "verify", VerificationError)
+        if base is not None and not isinstance(base, nn.Module):
+            raise VerificationError(f"the base of a module is a module, not {type(base).__name__}")
+        judge: Reference = ModuleReference(reference, sets, base)
+        return judge, {judge.label: ModuleRunner(reference).session}
+    if not isinstance(reference, str | os.PathLike | Runner):
+        raise VerificationError(
+            "the reference must be an nn.Module, an exported program or a path to .onnx or .pt2, "
+            f"not {type(reference).__name__}"
+        )
+    values = runner(reference, artefact(reference))
+    plain = None if base is None else runner(base, artefact(base))
+    return file_reference(values, runners, plain), {f"reference: {values.label}": values.session}
 
 
-def _base_copy(reference: nn.Module, base: nn.Module | None) -> nn.Module | None:
-    """The float64 copy of what the reference computes without its adapters, or None if it has none."""
-    if base is not None:
-        return float64_copy(base)
-    if "_lrcompile" not in reference.__dict__:
-        return None
-    from lrcompile.switching import switched_off
+def _located(verdict: Verdict, judge: Reference, one: Runner, given: Inputs, allowed: float | None) -> Verdict:
+    if isinstance(one, PackageRunner) and isinstance(judge, ModuleReference):
+        from lrcompile.verifying.packages import locate
 
-    # Copied inside the context, so that a merged reference is copied with the base's bits in place.
-    with switched_off(reference):
-        return float64_copy(reference)
-
-
-def _inexact(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
-
-
-def _located(verdict: Verdict, reference: nn.Module, one: Runner, given: Inputs, roundoff: float) -> Verdict:
-    from lrcompile.verifying.intermediates import first_divergence
-
-    found, note = first_divergence(reference, one, given, roundoff, verdict.limits.bound_ratio)
+        places, found, note = locate(judge, one, given, verdict.limits)
+    else:
+        seen = judge.places(one, given)
+        places = () if isinstance(seen, str) else seen
+        found = first_divergence(places, verdict.limits, None if verdict.ok else allowed)
+        note = seen if isinstance(seen, str) else None if found else none_found(places, one.label)
     note = "; ".join(part for part in (verdict.note, note) if part) or None
-    return dataclasses.replace(verdict, first_divergence=found.name if found else None, divergence=found, note=note)
+    return dataclasses.replace(
+        verdict, first_divergence=found.name if found else None, divergence=found, places=places, note=note
+    )

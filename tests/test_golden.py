@@ -17,7 +17,7 @@ from torch import nn
 import lrcompile
 import lrcompile.golden as golden
 from lrcompile.errors import LrcompileError, VerificationError
-from lrcompile.verifying.golden_files import DATA, MANIFEST, WEIGHTS, pack, read_tensors, unpack
+from lrcompile.verifying.golden_files import DATA, MANIFEST, WEIGHTS, pack, read_tensors, seal, unpack
 from lrcompile.verifying.manifest import sha256
 from lrcompile.verifying.verdict import Limits
 
@@ -51,8 +51,10 @@ def adapted(model: nn.Module, **fields: Any) -> nn.Module:
 
 
 def edit(case: Path, **changes: Any) -> None:
+    """As somebody would who knows how a manifest is sealed."""
     manifest = case / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+    content = json.loads(manifest.read_text()) | changes
+    manifest.write_text(json.dumps(content | {"seal": seal(content)}))
 
 
 def rehash(case: Path) -> None:
@@ -243,7 +245,7 @@ def test_a_merged_model_with_adapters_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 1}, "schema 1"),
         ({"schema": True}, "schema True"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
         ({"outputs": "x"}, "outputs is a str"),
@@ -265,7 +267,7 @@ def test_a_malformed_manifest_is_refused_with_the_reason(case: Path, changes: di
 
 def test_duplicate_keys_are_refused_in_the_manifest_and_in_tensor_headers(case: Path) -> None:
     text = (case / MANIFEST).read_text()
-    (case / MANIFEST).write_text(text.replace('"schema": 1', '"schema": 1, "schema": 1'))
+    (case / MANIFEST).write_text(text.replace('"schema": 2', '"schema": 2, "schema": 2'))
     with pytest.raises(VerificationError, match="'schema' stands twice"):
         golden.check(case, mlp())
     (case / MANIFEST).write_text(text)

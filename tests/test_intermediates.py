@@ -88,7 +88,7 @@ def test_every_place_has_the_exact_value_and_a_bound() -> None:
     places = reference_places(model, INPUTS, 2**-24)
     exact = nn.functional.layer_norm(INPUTS[0].double(), (10,))
     assert (places["blocks.0.norm"].exact - exact).abs().max() < 1e-14
-    assert next(iter(places)) == "blocks.0.norm"
+    assert list(places)[:3] == ["entering blocks.0", "entering blocks.0.norm", "blocks.0.norm"]
     assert list(places)[-1] == "head"
     assert all(place.bound > 0 for place in places.values())
 
@@ -107,7 +107,7 @@ def test_a_module_called_twice_or_with_two_outputs_is_no_place() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x.sin(), x.cos()
 
-    assert reference_places(Twice(), (torch.ones(2, 3),), 2**-24) == {}
+    assert reference_places(Twice(), (torch.ones(2, 3),), 2**-24).keys() == {"entering pair"}
 
 
 def test_looking_leaves_modules_graphs_and_hooks_as_they_were() -> None:
@@ -151,8 +151,9 @@ def test_the_value_of_a_scope_is_the_last_one_used_outside() -> None:
 def test_unused_nodes_and_placeholders_have_no_scope() -> None:
     graph = fx.symbolic_trace(Model()).graph
     scopes = graph_scopes(graph)
-    assert scopes["head"] == ["head"]
-    assert not any("placeholder" in key for key in scopes)
+    assert scopes.leaving["head"] == ["head"]
+    assert scopes.entering["head"] == ["add_2"]
+    assert not any("placeholder" in key for key in scopes.leaving)
 
 
 @pytest.fixture(scope="module")

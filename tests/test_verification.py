@@ -323,10 +323,12 @@ def test_a_compiled_package_is_a_candidate(tmp_path: Any) -> None:
     verdict = verify(model, path, inputs)
     assert verdict.ok
     assert verdict.session["model.pt2"]["runtime"] == "aotinductor"
-    wrong = verify(off_by(model, "2.bias", 0.1), path, inputs)
+    other = copy.deepcopy(model)
+    other.get_parameter("2.weight").data.mul_(2)
+    wrong = verify(other, path, inputs)
     assert not wrong.ok
-    assert wrong.first_divergence is None
-    assert "no intermediate values" in str(wrong.note)
+    assert wrong.first_divergence == "2"
+    assert "with the reference's 2.weight in its place, model.pt2 holds" in str(wrong.note)
 
 
 def test_outputs_the_candidate_lacks_are_an_error_unless_left_out_and_a_cache_is_listed() -> None:

@@ -24,7 +24,7 @@ from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
 from lrcompile.demo.sources import ModelError, load_pretrained, load_tokenizer, skeleton, untrained
 from lrcompile.demo.tensors import writing
 from lrcompile.quantizing import is_nf4
-from lrcompile.safe_tensors import read_tensors
+from lrcompile.verifying.input_files import read_inputs
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Opened:
         if self.has_tokenizer():
             self.tokenizer().save_pretrained(folder)
 
-    def inputs(self, file: str | None, texts: list[str]) -> dict[str, Any]:
-        """The tensors of `file`, or `texts` through the model's tokenizer, as keyword arguments of its forward."""
+    def inputs(self, file: str | None, texts: list[str]) -> Any:
+        """The first input set of `file`, or `texts` through the model's tokenizer, as keyword arguments of its
+        forward.
+        """
         if file is not None:
-            return dict(read_tensors(Path(file), ModelError))
+            return read_inputs(file)[0]
         encoded = self.tokenizer()(
             texts, padding=True, truncation=True, max_length=self._max_length(), return_tensors="pt"
         )

@@ -16,11 +16,12 @@ from lrcompile.errors import AdapterError, VerificationError, require
 from lrcompile.interop.onnx_adapters import Interface, names_of
 from lrcompile.interop.onnx_safety import check
 from lrcompile.verifying.outputs import Inputs, named_tensors
-from lrcompile.verifying.provenance import Step, scope_values
+from lrcompile.verifying.provenance import Scopes, Step
 
 if TYPE_CHECKING:
     import onnx
 
+    from lrcompile.verifying.intermediates import Found
     from lrcompile.verifying.runners import Layers
 
 _LEVELS = {
@@ -61,6 +62,17 @@ class OnnxRunner:
         self._session = self._open(self._model)
 
     @property
+    def size(self) -> int:
+        """Bytes of the file and of what lies beside it for its tensors."""
+        outside = {
+            entry.value
+            for tensor in self._model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        return sum(path.stat().st_size for path in (self._path, *(self._path.parent / name for name in outside)))
+
+    @property
     def session(self) -> dict[str, Any]:
         version = require("onnxruntime", "onnx").__version__
         settings = {"runtime": f"onnxruntime {version}", "provider": "CPUExecutionProvider", **self._settings}
@@ -93,19 +105,99 @@ class OnnxRunner:
         inputs = pytree.tree_map(lambda each: torch.from_numpy(each) if isinstance(each, np.ndarray) else each, inputs)
         return self._run(self._session, [output.name for output in self._model.graph.output], inputs, active)
 
-    def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The checked structure; external data unread."""
+        return self._model
+
+    def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Found]:
         """The values of the reference's places, all from one run of one session in which they are marked as outputs."""
         from lrcompile.verifying.intermediates import matched
 
-        leaving = _scopes(self._model.graph)
-        floats = _floating(self._model)
-        wanted = list(dict.fromkeys(name for scope in shapes for name in leaving.get(scope, ()) if name in floats))
+        return matched(self._scopes(), self.values(self._model, inputs), shapes)
+
+    def choices(self, inputs: Inputs) -> list[Tensor]:
+        """Which experts its routers take: the indices of every TopK, in order."""
         onnx = require("onnx", "onnx")
+        wanted = [node.output[1] for node in self._model.graph.node if node.op_type == "TopK" and len(node.output) > 1]
         marked = onnx.ModelProto()
         marked.CopyFrom(self._model)
         present = {output.name for output in marked.graph.output}
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
-        return matched(leaving, self._run(self._open(marked), wanted, inputs, self.active), shapes) if wanted else {}
+        return list(self._run(self._open(marked), wanted, inputs, self.active).values()) if wanted else []
+
+    def places(self, inputs: Inputs, model: onnx.ModelProto | None = None) -> dict[str, Tensor]:
+        """The value that leaves each scope last, and the one that enters it where it is one, in the order of the graph;
+        of a `model` with this one's names.
+        """
+        from lrcompile.verifying.intermediates import ENTERING
+
+        values, scopes = self.values(model or self._model, inputs), self._scopes()
+        order = {name: index for index, name in enumerate(values)}
+        found: dict[str, str] = {}
+        for scope, names in scopes.leaving.items():
+            leaving = [name for name in names if name in order]
+            if leaving:
+                found[scope] = leaving[0]
+        for scope, names in scopes.entering.items():
+            entering = [name for name in names if name in order]
+            if len(entering) == 1:
+                found[f"{ENTERING}{scope}"] = entering[0]
+
+        def place(name: str) -> tuple[int, bool, bool, int]:
+            """Where two scopes end at one value, the innermost module comes first, and what it enters last."""
+            return order[found[name]], name.startswith("%"), name.startswith(ENTERING), -len(name)
+
+        return {name: values[found[name]] for name in sorted(found, key=place)}
+
+    def values(self, model: onnx.ModelProto, inputs: Inputs) -> dict[str, Tensor]:
+        """Every floating value of this graph's nodes that leaves or enters a scope, as `model` computes it."""
+        onnx, scopes, floats = require("onnx", "onnx"), self._scopes(), _floating(self._model)
+        asked = {name for names in (*scopes.leaving.values(), *scopes.entering.values()) for name in names}
+        wanted = [name for node in self._model.graph.node for name in node.output if name in asked and name in floats]
+        marked = onnx.ModelProto()
+        marked.CopyFrom(model)
+        present = {output.name for output in marked.graph.output}
+        marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
+        return self._run(self._open(marked), wanted, inputs, self.active) if wanted else {}
+
+    def outputs_of(self, model: onnx.ModelProto, inputs: Inputs) -> dict[str, Tensor]:
+        """What `model`, a rewritten copy of this one, gives for the outputs."""
+        return self._run(
+            self._open(model), [output.name for output in self._model.graph.output], inputs, self.active
+        )
+
+    def extract(
+        self, inputs: Inputs, place: str | None
+    ) -> tuple[onnx.ModelProto, dict[str, Tensor], list[str]]:
+        """The nodes behind a place as a model of its own, with its weights inside; what enters it; its outputs."""
+        from lrcompile.interop.onnx_cutting import part
+
+        target, ends = (None, set()) if place is None else self._around(place)
+        wanted = [output.name for output in self._model.graph.output] if target is None else [target]
+        feed = _feed(self._path, self._session, inputs, self._by_name)
+        values = {name: torch.from_numpy(value) for name, value in feed.items()} | self.values(self._model, inputs)
+        model, entering = part(self._path, self._model, wanted, ends, {name: values[name] for name in values})
+        return model, {name: values[name] for name in entering}, wanted
+
+    def _around(self, place: str) -> tuple[str, set[str]]:
+        """The value of a place, and the values that bound the nodes behind it."""
+        from lrcompile.verifying.intermediates import ENTERING
+
+        scopes, floats, scope = self._scopes(), _floating(self._model), place.removeprefix(ENTERING)
+        names = scopes.entering.get(scope, []) if place.startswith(ENTERING) else scopes.leaving.get(scope, [])
+        made = [name for name in names if name in floats]
+        if not made:
+            raise VerificationError(f"{place} has no node of its own in {self._path}")
+        modules = (values[0] for key, values in scopes.leaving.items() if not key.startswith("%"))
+        ends = set(modules) if place.startswith(ENTERING) else set(scopes.entering[scope])
+        return made[0], ends - {made[0]}
+
+    def _scopes(self) -> Scopes:
+        graph = self._model.graph
+        steps = [Step(list(node.output), list(node.input), _scopes_of(node)) for node in graph.node]
+        makers = {name: f"{node.op_type} {node.name}".strip() for node in graph.node for name in node.output}
+        return Scopes.of(steps, [output.name for output in graph.output], makers)
 
     def _open(self, model: onnx.ModelProto) -> Any:
         ort = require("onnxruntime", "onnx")
@@ -200,11 +292,6 @@ def _feed(path: Path, session: Any, inputs: Inputs, by_name: bool) -> dict[str, 
     return {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
 
 
-def _scopes(graph: onnx.GraphProto) -> dict[str, list[str]]:
-    steps = [Step(list(node.output), list(node.input), _scopes_of(node)) for node in graph.node]
-    return scope_values(steps, [output.name for output in graph.output])
-
-
 def _scopes_of(node: onnx.NodeProto) -> frozenset[str]:
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     try:
@@ -213,7 +300,7 @@ def _scopes_of(node: onnx.NodeProto) -> frozenset[str]:
         return frozenset()  # only explains, never decides: an unreadable scope is no scope
     if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
         return frozenset()
-    return frozenset([*filter(None, scopes[:-1]), *(f"%{name}" for name in scopes[-1:])])
+    return frozenset([*scopes[:-1], *(f"%{name}" for name in scopes[-1:])])
 
 
 def _floating(model: onnx.ModelProto) -> set[str]:

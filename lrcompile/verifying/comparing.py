@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Expected:
     bounds: dict[str, Deviation]
     integers: dict[str, Tensor]
     base: dict[str, Tensor] | None = None
+    choices: list[Tensor] = field(default_factory=list)
+    """Of its routers, in the reference's own dtype; `free` are those of float64."""
+    free: list[Tensor] = field(default_factory=list)
 
 
 def compare(

@@ -34,6 +34,7 @@ _WIDE = {
 _FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor})
 # Reading bits as another type is not arithmetic; `_check` refuses what comes out if it is a narrow float.
 _REINTERPRET = frozenset({torch.ops.aten.view.dtype})
+_EXPERTS = "_experts_implementation_internal"
 _OURS = ("lrcompile", "lrcompile_kernels")
 """Namespaces of the operators that read NF4 storage."""
 
@@ -147,6 +148,9 @@ def float64_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(getattr(model, "_orig_mod", model))
     twin.double()
     for module in twin.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, _EXPERTS, None):
+            setattr(config, _EXPERTS, "eager")  # grouped products of experts have no float64 kernel; the plain loop has
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 if value is None or value.dtype not in _WIDE or _is_block_constant(name):

@@ -6,6 +6,7 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from lrcompile import safe_tensors
 from lrcompile.errors import VerificationError
+from lrcompile.verifying.golden_forms import check_forms
 from lrcompile.verifying.manifest import sha256
 from lrcompile.verifying.strictjson import read_object
 from lrcompile.verifying.verdict import Limits
 from lrcompile.writing import atomic_folder
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, WEIGHTS, DATA = "golden.json", "weights.safetensors", "data.safetensors"
 MAX_BYTES = 4 << 30
 _MAX_HEADER = 32 << 20
@@ -50,6 +52,7 @@ class Case:
     adapters: list[dict[str, Any]] = field(default_factory=list)
     quantization: dict[str, Any] | None = None
     pipeline: str | None = None
+    forms: list[str] = field(default_factory=list)
     updates: list[dict[str, Any]] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -69,10 +72,18 @@ def write_case(path: Path, case: Case, weights: Mapping[str, Tensor], data: Mapp
             "sha256": {name: sha256(folder / name) for name in (WEIGHTS, DATA)},
         }
         try:
+            content["seal"] = seal(content)
             text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise VerificationError(f"{path}: something of this case has no form in JSON: {error}") from error
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """sha256 over a manifest but its seal: what was damaged or edited by hand shows. It is no signature."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_case(path: Path) -> Case:
@@ -80,7 +91,11 @@ def read_case(path: Path) -> Case:
     manifest = path / MANIFEST
     _own_file(manifest)
     content = read_object(manifest, schema=SCHEMA)
-    del content["schema"]
+    if content.get("seal") != seal(content):
+        raise VerificationError(
+            f"{manifest} is not as it was written: its seal differs; restore it, or record the case anew"
+        )
+    del content["schema"], content["seal"]
     known = {entry.name: str(entry.type) for entry in fields(Case)}
     if set(content) != set(known):
         unknown, missing = sorted(set(content) - set(known)), sorted(set(known) - set(content))
@@ -99,6 +114,10 @@ def read_case(path: Path) -> Case:
     ):
         raise VerificationError(f"{manifest}: outputs must be lists of names")
     Limits.from_dict(content["limits"])
+    try:
+        check_forms(content["forms"])
+    except VerificationError as error:
+        raise VerificationError(f"{manifest}: {error}") from error
     return Case(**content)
 
 
@@ -154,6 +173,40 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     if kind == "value" and (content is None or isinstance(content, bool | int | float | str)):
         return content
     raise VerificationError(f"a golden's input is malformed: {str(tree)[:80]}")
+
+
+def recorded_inputs(folder: Path) -> list[Any]:
+    """The input sets of a case, from the very files that were recorded."""
+    case = read_case(folder)
+    if changed := changed_files(folder, case):
+        raise VerificationError(f"{folder}: {'; '.join(changed)}; restore it or record a new case")
+    return input_sets_of(folder, case, read_tensors(folder / DATA))
+
+
+def input_sets_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[Any]:
+    sets = [unpack(tree, data) for tree in case.inputs]
+    if not sets or not all(isinstance(given, dict | tuple) for given in sets):
+        raise VerificationError(f"{folder}: an input set must be a dict or a tuple, and there must be one")
+    return sets
+
+
+def outputs_of(folder: Path, case: Case, data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What was recorded for each input set."""
+    try:
+        sets = [{name: data[f"outputs/{index}/{name}"] for name in names} for index, names in enumerate(case.outputs)]
+    except KeyError as error:
+        raise VerificationError(f"{folder}: the recorded output {error} is missing from {DATA}") from error
+    refuse_nan(folder, sets)
+    return sets
+
+
+def refuse_nan(folder: Path, outputs: list[dict[str, Tensor]]) -> None:
+    """A model that gives NaN is broken, and a golden of it would guard nothing. (−∞ is how logits are masked.)"""
+    broken = [name for named in outputs for name, value in named.items() if bool(torch.isnan(value).any())]
+    if broken:
+        raise VerificationError(
+            f"{folder}: the outputs {', '.join(dict.fromkeys(broken))} hold NaN; a golden is of a model that works"
+        )
 
 
 def environment() -> dict[str, Any]:

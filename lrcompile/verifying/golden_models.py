@@ -60,7 +60,10 @@ def built(build: str) -> nn.Module:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise VerificationError(f"build={build!r} cannot be found: {error}") from error
-    made = found() if callable(found) else found
+    try:
+        made = found() if callable(found) else found
+    except TypeError as error:
+        raise VerificationError(f"build={build!r} cannot be called without arguments: {error}") from error
     if not isinstance(made, nn.Module):
         raise VerificationError(f"build={build!r} returned a {type(made).__name__}, not a module")
     return made

@@ -1,130 +1,140 @@
-"""The first place where a candidate leaves the bound, all intermediate values coming from one run of each side.
+"""The intermediate values of a reference and of a candidate, each side in one run.
 
-A place is a module of the reference, named by its path, and its value the module's output; where the reference is a
-flat graph, a place is a node (`%name`). y64 and D of every place come from the same float64 replays that bound the
-outputs. In a candidate without modules (a graph, an ONNX file) values are found by provenance.
+A place is a module of the reference, named by its path, and its value the module's output; `entering <path>` is what
+goes into it. Where the reference is a flat graph, a place is a node (`%name`). y64 and D of every place come from the
+same float64 replays that bound the outputs. In a candidate without modules (a graph, an ONNX file) values are found by
+provenance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from lrcompile.verifying.comparing import difference
+from lrcompile.errors import VerificationError
 from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.outputs import Inputs, call, copied
-from lrcompile.verifying.provenance import graph_scopes
+from lrcompile.verifying.provenance import Scopes, graph_scopes
 from lrcompile.verifying.replay import SEEDS, Deviation, Magnitudes, perturbed
-from lrcompile.verifying.runners import ModuleRunner, Runner, evaluating
-from lrcompile.verifying.verdict import Divergence
+from lrcompile.verifying.runners import evaluating
+
+ENTERING = "entering "
+_ADAPTERS = "lrcompile_adapters"  # what is inside a site is the site's
 
 Shapes = Mapping[str, torch.Size]
+Swap = Callable[[str, Tensor], Tensor]
+"""Is shown the value of each place when it is computed; what it returns is what the run goes on with."""
 
 
-def first_divergence(
-    reference: nn.Module, candidate: Runner, inputs: Inputs, roundoff: float, limit: float
-) -> tuple[Divergence | None, str | None]:
-    """The first place, in the order the reference finishes them, with max|y - y64| > limit·D; else a note why there is
-    none.
+@dataclass(frozen=True)
+class Found:
+    """A candidate's value of a place, and its own name for what made it (None where that is the place itself)."""
 
-    What a place inherits is the largest ratio among the places before it: its own share is what exceeds that.
-    """
-    find = getattr(candidate, "intermediates", None)
-    if isinstance(candidate, ModuleRunner):
-        find = _finder(candidate.module)
-    if find is None:
-        return (
-            None,
-            f"no first divergence: {candidate.label} shows no intermediate values",
-        )
-    places = reference_places(reference, inputs, roundoff)
-    actual = find(inputs, {name: place.exact.shape for name, place in places.items()})
-    inherited, worst, compared = 0.0, "", 0
-    for name, place in places.items():
-        if name not in actual:
-            continue
-        compared += 1
-        error = difference(actual[name], place)
-        largest = float("inf") if error is None else float(error.abs().max()) if error.numel() else 0.0
-        ratio = place.ratio(largest)
-        if ratio > limit:
-            return Divergence(name, ratio, inherited, largest, compared), None
-        if ratio > inherited:
-            inherited, worst = ratio, name
-    if not compared:
-        return None, f"no first divergence: no value of {candidate.label} could be traced to a place in the reference"
-    most = f", the largest r is {inherited:.3g} at {worst}" if worst else ""
-    return None, f"no first divergence: all {compared} places compared stay within their bounds{most}"
+    value: Tensor
+    node: str | None = None
 
 
 def reference_places(reference: nn.Module, inputs: Inputs, roundoff: float) -> dict[str, Deviation]:
     """y64 and D of every place whose value is one floating tensor, in order of completion."""
     twin = float64_copy(reference)
-    places = {name: Deviation(value, roundoff) for name, value in _values64(twin, inputs).items()}
+    places = {name: Deviation(value, roundoff) for name, value in values64(twin, inputs).items()}
     magnitudes = Magnitudes()
     for seed in SEEDS:
-        replayed = _values64(twin, inputs, perturbed(roundoff, seed, magnitudes))
+        replayed = values64(twin, inputs, perturbed(roundoff, seed, magnitudes))
         for name, place in places.items():
             place.update(replayed[name])
     return places
 
 
-def _values64(twin: nn.Module, inputs: Inputs, inside: AbstractContextManager[None] | None = None) -> dict[str, Tensor]:
+def values64(
+    twin: nn.Module,
+    inputs: Inputs,
+    inside: AbstractContextManager[None] | None = None,
+    swap: Swap = lambda name, value: value,
+) -> dict[str, Tensor]:
+    """The float64 value of every place that is computed once, before `swap` exchanged it."""
     with float64_mode(), inside or nullcontext():
         if isinstance(twin, fx.GraphModule):
             wanted = {node.name: f"%{node.name}" for node in twin.graph.nodes if node.op.startswith("call_")}
-            return run_graph(twin, widen_inputs(inputs), wanted)
-        return _run_hooked(twin, widen_inputs(inputs))
+            return run_graph(twin, widen_inputs(inputs), wanted, swap)
+        return run_hooked(twin, widen_inputs(inputs), swap)
 
 
-def _finder(module: nn.Module) -> Callable[[Inputs, Shapes], dict[str, Tensor]]:
-    def find(inputs: Inputs, shapes: Shapes) -> dict[str, Tensor]:
-        with torch.no_grad():
-            if not isinstance(module, fx.GraphModule):
-                return _run_hooked(module, copied(inputs))
-            leaving = graph_scopes(module.graph)
-            wanted = {value: value for scope in shapes for value in leaving.get(scope, ())}
-            return matched(leaving, run_graph(module, copied(inputs), wanted), shapes)
+def module_values(module: nn.Module, inputs: Inputs, shapes: Shapes) -> dict[str, Found]:
+    """What a module or graph computes at the places of `shapes`."""
+    module = getattr(module, "_orig_mod", module)
+    with torch.no_grad():
+        if not isinstance(module, fx.GraphModule):
+            return {name: Found(value) for name, value in run_hooked(module, copied(inputs)).items()}
+        scopes = graph_scopes(module.graph)
+        names = (name for place in shapes for name in _names(scopes, place))
+        wanted = {name: name for name in names if name in scopes.makers}
+        return matched(scopes, run_graph(module, copied(inputs), wanted), shapes)
 
-    return find
 
-
-def matched(leaving: Mapping[str, list[str]], values: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-    """For each place the last value that leaves its scope in the shape of the reference's."""
+def matched(scopes: Scopes, values: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Found]:
+    """For each place the last value that leaves its scope in the shape of the reference's; for what enters it the only
+    one of that shape.
+    """
     found = {}
-    for scope, shape in shapes.items():
-        fitting = (values[name] for name in leaving.get(scope, ()) if name in values and values[name].shape == shape)
-        value = next(fitting, None)
-        if value is not None:
-            found[scope] = value
+    for place, shape in shapes.items():
+        fitting = [name for name in _names(scopes, place) if name in values and values[name].shape == shape]
+        if fitting and (len(fitting) == 1 or not place.startswith(ENTERING)):
+            found[place] = Found(values[fitting[0]], scopes.makers.get(fitting[0]))
     return found
 
 
-def _run_hooked(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Each submodule's output by path, of those called once: a second call under the same path would be another
+def _names(scopes: Scopes, place: str) -> list[str]:
+    if place.startswith(ENTERING):
+        return scopes.entering.get(place.removeprefix(ENTERING), [])
+    return scopes.leaving.get(place, [])
+
+
+def run_hooked(module: nn.Module, inputs: Inputs, swap: Swap = lambda name, value: value) -> dict[str, Tensor]:
+    """What enters and leaves each submodule, of those called once: a second call under the same path would be another
     place.
     """
-    module = getattr(module, "_orig_mod", module)
     seen: dict[str, list[Tensor | None]] = {}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen.setdefault(name, []).append(_single(output))
+    def pass_on(place: str, tree: Any) -> Any:
+        """The tree with its one floating tensor as `swap` gives it; None if nothing changes."""
+        value = _single(tree)
+        seen.setdefault(place, []).append(None if value is None else value.detach().clone())
+        if value is None:
+            return None
+        new = swap(place, value)
+        return None if new is value else _with(tree, new)
 
-        return record
+    def enters(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            new = pass_on(f"{ENTERING}{name}", [*args, *kwargs.values()])
+            return None if new is None else (tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True)))
 
-    with _hooks(module, recorder), evaluating(module):
+        return hook
+
+    def leaves(name: str) -> Callable[..., Any]:
+        return lambda _module, _args, output: pass_on(name, output)
+
+    with _hooks(module, enters, leaves), evaluating(module):
         call(module, inputs)
     return {name: values[0] for name, values in seen.items() if len(values) == 1 and values[0] is not None}
 
 
 @contextmanager
-def _hooks(module: nn.Module, recorder: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    handles = [part.register_forward_hook(recorder(name)) for name, part in module.named_modules() if name]
+def _hooks(
+    module: nn.Module, enters: Callable[[str], Callable[..., Any]], leaves: Callable[[str], Callable[..., Any]]
+) -> Iterator[None]:
+    handles = []
+    for name, part in module.named_modules():
+        if name and _ADAPTERS not in name.split("."):
+            handles.append(part.register_forward_pre_hook(enters(name), with_kwargs=True))
+            handles.append(part.register_forward_hook(leaves(name)))
     try:
         yield
     finally:
@@ -133,26 +143,45 @@ def _hooks(module: nn.Module, recorder: Callable[[str], Callable[..., None]]) ->
 
 
 def _single(output: Any) -> Tensor | None:
-    """The one floating tensor that is a module's output, as in (hidden, None); copied, lest it be written over.
+    """The one floating tensor of a module's inputs or outputs, as in (hidden, None).
 
     Of several none is taken: in a flat graph nothing says which of the values that leave the scope is which.
     """
     parts = list(output.values()) if isinstance(output, dict) else output
     parts = parts if isinstance(parts, list | tuple) else [parts]
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    return tensors[0].detach().clone() if len(tensors) == 1 and tensors[0].is_floating_point() else None
+    return tensors[0] if len(tensors) == 1 and tensors[0].is_floating_point() else None
 
 
-def run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+def _with(output: Any, value: Tensor) -> Any:
+    """`output` with its one tensor exchanged."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, dict):
+        new = type(output)(output)
+        for key, part in output.items():
+            if isinstance(part, Tensor):
+                new[key] = value
+        return new
+    parts = [value if isinstance(part, Tensor) else part for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
+
+def run_graph(
+    module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str], swap: Swap = lambda name, value: value
+) -> dict[str, Tensor]:
     """Run a copy of the graph (same tensors) that hands over the value of each node in `wanted`, under the name given
     there.
     """
     values: dict[str, Tensor] = {}
 
-    def record(name: str, value: Any) -> None:
+    def record(name: str, value: Any) -> Any:
         single = _single(value)
-        if single is not None:
-            values[name] = single
+        if single is None:
+            return value
+        values[name] = single.detach().clone()
+        new = swap(name, single)
+        return value if new is single else _with(value, new)
 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -161,8 +190,44 @@ def run_graph(module: fx.GraphModule, inputs: Inputs, wanted: Mapping[str, str])
     for node, twin in copies.items():
         if node.name in wanted:
             with graph.inserting_after(twin):
-                graph.call_function(record, (wanted[node.name], twin))
+                handed = graph.call_function(record, (wanted[node.name], twin))
+            twin.replace_all_uses_with(handed)
+            handed.args = (wanted[node.name], twin)  # it reads what all others now read from it
     traced = fx.GraphModule(module, graph)
     with evaluating(traced):
         call(traced, inputs)
     return values
+
+
+def has_graph(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "_orig_mod", module), fx.GraphModule)
+
+
+def enclosing(place: str) -> str:
+    """The module that makes a place's value: what enters one is made by the one around it."""
+    path = place.removeprefix(ENTERING)
+    return path if path == place else path.rpartition(".")[0]
+
+
+def arguments(module: nn.Module, inputs: Inputs, path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the submodule is called with in a run of the whole."""
+    if not path:
+        given = copied(inputs)
+        return ((), given) if isinstance(given, dict) else (given, {})
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def own(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(pytree.tree_map(own, (args, kwargs)))
+
+    handle = module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(module):
+            call(module, copied(inputs))
+    finally:
+        handle.remove()
+    if not seen:
+        raise VerificationError(f"the module {path!r} is not called on these inputs")
+    return seen[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.verifying.comparing import Expected, adapter_effect, compare
+from lrcompile.verifying.routing import compare_choices
 from lrcompile.verifying.verdict import Limits, OutputRow, Rung, Verdict
 
 _MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding any more, whatever the dtype
@@ -17,10 +18,11 @@ _MOST_OF_AN_EFFECT = 0.5  # an error of half the adapter's effect is no rounding
 class Ladder:
     """Collects rungs: numbers against float64, what each adds, and the reasons that a candidate fails."""
 
-    def __init__(self, expected: list[Expected], limits: Limits):
+    def __init__(self, expected: list[Expected], limits: Limits, exact: str = "float64"):
         self.expected = expected
         self.limits = limits
-        self.rungs: list[Rung] = [Rung("float64", 0.0, 0.0, 0.0, 0.0)]
+        self.rungs: list[Rung] = [Rung(exact, 0.0, 0.0, 0.0, 0.0)]
+        self.own: Rung | None = None
         self.judged: list[Rung] = []
         self.rows: list[OutputRow] = []
         self.failures: list[str] = []
@@ -28,16 +30,35 @@ class Ladder:
         self.eager: list[dict[str, Tensor]] = []
         self.before: list[dict[str, Tensor]] = []
 
-    def climb(self, name: str, actual: list[dict[str, Tensor]], *, judged: bool = True) -> None:
-        """Add the rung `name` with its outputs per input set; the eager reference comes first and is not judged."""
-        self.eager = self.eager or actual
+    def start(self, own: list[dict[str, Tensor]], *, shown: bool) -> None:
+        """The reference's own outputs: a rung that is not judged, or (a file's) the first one itself."""
+        self.eager = own
+        if shown:
+            self.climb("eager", own, judged=False)
+            self.own = self.rungs[-1]
+
+    def climb(
+        self,
+        name: str,
+        actual: list[dict[str, Tensor]],
+        *,
+        judged: bool = True,
+        choices: list[list[Tensor]] | None = None,
+        expected: list[Expected] | None = None,
+    ) -> None:
+        """Add the rung `name` with its outputs per input set; `choices` are those of its routers, and `expected` what
+        is right at these choices, where they are not the reference's.
+        """
         rows, failures = [], []
-        for want, got, mine in zip(self.expected, actual, self.eager, strict=True):
-            row, failure = compare(want, got, mine, self.limits)
+        for index, (want, got, mine) in enumerate(zip(self.expected, actual, self.eager, strict=True)):
+            row, failure = compare(expected[index] if expected else want, got, mine, self.limits)
+            if choices is not None:
+                routers, wrong = compare_choices(choices[index], want.choices, want.free)
+                row, failure = row + routers, failure + wrong
             rows.append(row)
             failures += failure
         merged = [_worst(each) for each in zip(*rows, strict=True)]
-        error, cosine = adapter_effect(self.expected, actual)
+        error, cosine = adapter_effect(expected or self.expected, actual)
         added = [self._added(index, got) for index, got in enumerate(actual)]
         self.rungs.append(
             Rung(
@@ -61,17 +82,21 @@ class Ladder:
             self.first_failed = name
         self.failures += [f"{name}: {failure}" for failure in dict.fromkeys(failures)]
 
+    @property
+    def allowed(self) -> float | None:
+        """The share of the adapter's effect that an error may be; None without an effect."""
+        if self.rungs[-1].adapter_relative_error is None:
+            return None
+        own = self.own.adapter_relative_error if self.own is not None else 0.0
+        return max(self.limits.adapter_relative_error, min(2 * (own or 0.0), _MOST_OF_AN_EFFECT))
+
     def _adapter_failures(self, error: float | None) -> list[str]:
-        own = self.rungs[1].adapter_relative_error
-        if error is None or own is None:
+        allowed = self.allowed
+        if error is None or allowed is None or error <= allowed:
             return []
-        allowed = max(self.limits.adapter_relative_error, min(2 * own, _MOST_OF_AN_EFFECT))
-        if error <= allowed:
-            return []
-        return [
-            f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g} "
-            f"(the reference's own rounding is {own:.3g} of it)"
-        ]
+        own = self.own.adapter_relative_error if self.own is not None else None
+        rounding = f" (the reference's own rounding is {own:.3g} of it)" if own is not None else ""
+        return [f"the error is {error:.3g} of the adapter's effect, over {allowed:.3g}{rounding}"]
 
     def _added(self, index: int, actual: dict[str, Tensor]) -> tuple[float, float]:
         """Largest |y - y of the rung before| over D, and as it is, over the outputs where both are finite alike."""
@@ -105,9 +130,9 @@ class Ladder:
         )
 
     def _own_note(self) -> str | None:
-        own = self.rungs[1].bound_ratio
-        if own <= self.limits.bound_ratio:
+        if self.own is None or self.own.bound_ratio <= self.limits.bound_ratio:
             return None
+        own = self.own.bound_ratio
         return f"the reference itself leaves the bound in its own dtype (r = {own:.3g}): not only its linear maps round"
 
 

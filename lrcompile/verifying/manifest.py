@@ -46,11 +46,9 @@ def artefact(candidate: Any) -> Artefact:
     """The manifest of a candidate, empty if it is no file or has none."""
     if not isinstance(candidate, str | os.PathLike):
         return NONE
-    path = Path(candidate)
-    manifest = path.with_suffix(".manifest.json")
-    if not manifest.is_file():
+    manifest, data = Path(candidate).with_suffix(".manifest.json"), described(candidate)
+    if not data:
         return NONE
-    data = read_object(manifest, schema=1)
     session, hashes = data.get("session", {}), data.get("sha256", {})
     if not isinstance(session, dict) or not isinstance(hashes, dict):
         raise VerificationError(f"{manifest}: session and sha256 must be objects")
@@ -71,6 +69,12 @@ def _port(manifest: Path, entry: Any) -> Port:
     if not all(isinstance(size, str) or (type(size) is int and 0 <= size < 2**31) for size in port.shape):
         raise VerificationError(f"{manifest}: input {port.name!r} has the shape {list(port.shape)}")
     return port
+
+
+def described(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest beside `path` as it stands; empty if there is none."""
+    manifest = Path(path).with_suffix(".manifest.json")
+    return read_object(manifest, schema=1) if manifest.is_file() else {}
 
 
 def _stale(manifest: Path, hashes: dict[str, Any]) -> list[str]:

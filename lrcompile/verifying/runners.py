@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.manifest import NONE, Artefact
 from lrcompile.verifying.outputs import Inputs, call, copied, named_outputs
+
+if TYPE_CHECKING:
+    from lrcompile.verifying.intermediates import Found
 
 Layers = list[dict[str, Tensor]]
 """A key-value cache: `{"key": K, "value": V}` of each layer."""
@@ -40,6 +43,12 @@ class ModuleRunner:
         self.label = label or type(getattr(module, "_orig_mod", module)).__name__
 
     @property
+    def size(self) -> int:
+        """Bytes of its tensors, shared ones once."""
+        held = {id(each): each for each in (*self.module.parameters(), *self.module.buffers())}
+        return sum(each.numel() * each.element_size() for each in held.values())
+
+    @property
     def session(self) -> dict[str, Any]:
         return {"runtime": "torch", "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
@@ -53,6 +62,39 @@ class ModuleRunner:
                 ) from error
         return named_outputs(result)
 
+    def intermediates(self, inputs: Inputs, shapes: Mapping[str, torch.Size]) -> dict[str, Found]:
+        """What it computes at the reference's places, in one run."""
+        from lrcompile.verifying.intermediates import module_values
+
+        return module_values(self.module, inputs, shapes)
+
+    def choices(self, inputs: Inputs) -> list[Tensor]:
+        """Which experts its routers take."""
+        from lrcompile.verifying.routing import choices_of
+
+        return choices_of(self.module, inputs)
+
+
+class RecordedRunner:
+    """Outputs that were recorded, as a candidate; they belong to the input sets in order."""
+
+    def __init__(self, outputs: list[dict[str, Tensor]], label: str = "recorded"):
+        self.label = label
+        self.outputs = outputs
+        self._left = iter(outputs)
+
+    @property
+    def session(self) -> dict[str, Any]:
+        return {"runtime": "none"}
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        try:
+            return next(self._left)
+        except StopIteration:
+            raise VerificationError(
+                f"{self.label} holds the outputs of {len(self.outputs)} input sets; more were given"
+            ) from None
+
 
 class PackageRunner:
     """An AOTInductor package. Its content is machine code: verify only packages you would also run."""
@@ -64,7 +106,7 @@ class PackageRunner:
                 f"{path} is not an AOTInductor package; if torch.export.save wrote it, "
                 "load it with torch.export.load and give the program"
             )
-        self.label = path.name
+        self.label, self.path, self.size = path.name, path, path.stat().st_size
         self._model = torch._inductor.aoti_load_package(str(path))
 
     @property
@@ -76,8 +118,25 @@ class PackageRunner:
         }
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        return self._run(self._model, inputs)
+
+    def constants(self) -> list[str]:
+        """The names of the weights it was compiled with."""
+        return list(self._model.get_constant_fqns())
+
+    def run_with(self, inputs: Inputs, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it gives with these weights in the place of its own, which stay as they are."""
+        other = torch._inductor.aoti_load_package(str(self.path))
+        if weights:
+            other.load_constants(dict(weights), check_full_update=False)
+        return self._run(other, inputs)
+
+    def _run(self, model: Any, inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
-            return named_outputs(call(self._model, copied(inputs)))
+            try:
+                return named_outputs(call(model, copied(inputs)))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise VerificationError(f"{self.label} cannot be run on these inputs: {error}") from error
 
     def steps(self, empty: Layers) -> Callable[[dict[str, Tensor]], Tensor]:
         """As `onnx_steps.steps`."""

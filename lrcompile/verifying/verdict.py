@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,20 +94,38 @@ class OutputRow:
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """The first place whose deviation leaves its bound. `inherited_ratio` is the largest ratio among the places before
-    it.
+class Place:
+    """A module or node of the reference, as a candidate computes it; `entering <path>` is what goes into a module.
+
+    `bound_ratio` is the whole error, `local_ratio` what the candidate itself adds there to the values it hands in.
+    `effect_error` and `effect_cosine` say what is left of the adapter's effect at this place. `node` is the candidate's
+    own name for what makes the value.
     """
 
     name: str
     bound_ratio: float
-    inherited_ratio: float
+    local_ratio: float | None
     max_abs_error: float
+    effect_error: float | None = None
+    effect_cosine: float | None = None
+    node: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence(Place):
+    """The first place whose deviation leaves its bound. `inherited_ratio` is the largest ratio among the places before
+    it.
+    """
+
+    inherited_ratio: float
     compared: int
 
     def __str__(self) -> str:
+        made = f", made by {self.node}" if self.node else ""
+        local = f", {self.local_ratio:.3g} of it its own" if self.local_ratio is not None else ""
+        lost = f", {self.effect_error:.3g} of its adapter's effect lost" if self.effect_error is not None else ""
         return (
-            f"{self.name} (r = {self.bound_ratio:.3g}, inherited {self.inherited_ratio:.3g}, "
+            f"{self.name}{made} (r = {self.bound_ratio:.3g}{local}, inherited {self.inherited_ratio:.3g}{lost}, "
             f"max |error| {self.max_abs_error:.3g}; {self.compared} places compared)"
         )
 
@@ -130,7 +149,10 @@ class Verdict:
     failures: tuple[str, ...] = ()
     dtype: str = "float32"
     session: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     divergence: Divergence | None = None
+    places: tuple[Place, ...] = ()
     uncompared: tuple[str, ...] = ()
     note: str | None = None
     name: str = ""
@@ -142,11 +164,20 @@ class Verdict:
         """Plain data, ready for JSON: what is not finite is written as text."""
         return _plain(dataclasses.asdict(self))
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One self-contained page: the tables, error along depth, effect kept at each site, sizes and settings.
+
+        The pictures need `places`: `verify(..., locate=True)`, or a verdict that failed.
+        """
+        from lrcompile.verifying.page import write_page
+
+        write_page([self], path)
+
     def __str__(self) -> str:
-        share = self.adapter_relative_error
+        share, start = self.adapter_relative_error, self.rungs[0].name if self.rungs else "nothing"
         lines = [
             *([self.name] if self.name else []),
-            render(_LADDER, ([rung.name, *_numbers(rung, 1)] for rung in self.rungs), title="ladder from float64"),
+            render(_LADDER, ([rung.name, *_numbers(rung, 1)] for rung in self.rungs), title=f"ladder from {start}"),
             render(_OUTPUTS, ([row.name, _shape(row), *_numbers(row, 2)] for row in self.outputs), title="outputs"),
             f"{'holds' if self.ok else 'DOES NOT HOLD'}: r = {_number(self.bound_ratio)} "
             f"(limit {self.limits.bound_ratio:g}, rounding of {self.dtype})",
