@@ -262,6 +262,29 @@ def test_models_of_transformers_with_every_kind_of_adapter(tmp_path, family):
     assert np.array_equal(_as_written(path, feed), _as_written(frozen, feed))
 
 
+def test_a_decoder_generates_the_tokens_of_the_adapter_it_is_given(tmp_path):
+    """Each step binds its inputs; ONNX Runtime leaves active adapters out of such a run without a word."""
+    model, ids = _family("llama"), _batch(2, 6)["input_ids"]
+    _add(model, "lora", rank=4, targets="all-linear")
+    _add(model, "dora", "dora", rank=2, targets="all-linear")
+    exported = lrcompile.export(model, tmp_path / "m.onnx", {"input_ids": ids}, adapters="inputs", use_cache=True)
+    session, tokens = lrcompile.run(exported.path), {}
+
+    def generated() -> torch.Tensor:
+        every = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
+        return model.generate(ids, max_new_tokens=16, do_sample=False, **every)
+
+    for name in ("lora", "dora"):
+        lrcompile.activate(model, name)
+        assert exported.verify().ok
+        tokens[name] = generated()
+        assert torch.equal(session.generate(ids, max_new_tokens=16, eos_token_id=(), adapters=name), tokens[name])
+    with lrcompile.disabled(model):
+        tokens["base"] = generated()
+    assert torch.equal(session.generate(ids, max_new_tokens=16, eos_token_id=()), tokens["base"])
+    assert len({tuple(each.flatten().tolist()) for each in tokens.values()}) == 3
+
+
 @pytest.mark.slow
 def test_adapters_of_experts_and_embeddings_are_inputs_too(tmp_path):
     config = transformers.MixtralConfig(**SMALL, **LAYER, num_key_value_heads=2, num_local_experts=4)

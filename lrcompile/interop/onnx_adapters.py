@@ -62,6 +62,16 @@ def takes_adapters(manifest: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Adapters that act together: as `RunOptions.add_active_adapter` takes them, and their values by graph input, for
+    runs with bound inputs, in which ONNX Runtime leaves active adapters out without a word.
+    """
+
+    adapters: list[Any]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Interface:
     """What a manifest says of the inputs that adapters may bind, and of the adapters there are."""
 
@@ -113,13 +123,13 @@ class Interface:
                     f" {held}: write it anew with lrcompile.export_adapter(model, path, {name!r})"
                 )
 
-    def load(self, names: Iterable[str]) -> list[Any]:
-        """The adapters called so, for `RunOptions.add_active_adapter`.
+    def load(self, names: Iterable[str]) -> Loaded:
+        """The adapters called so.
 
         Raises `AdapterError` for one that is not there, not the file the manifest describes, made for another graph, or
         damaged, and for two that act at one place.
         """
-        chosen: list[Any] = []
+        chosen = Loaded([], {})
         taken: dict[str, str] = {}
         for name in dict.fromkeys(names):
             if name not in self.files:
@@ -127,17 +137,18 @@ class Interface:
                     f"{self.path.name} has no adapter {name!r}; it has {', '.join(map(repr, self.files)) or 'none'}."
                     " lrcompile.export_adapter(model, path, name) writes one more"
                 )
-            adapter, bound = self._opened(name)
-            for place in bound:
+            adapter, values = self._opened(name)
+            for place in map(_place, values):
                 if taken.setdefault(place, name) != name:
                     raise AdapterError(
                         f"adapters {taken[place]!r} and {name!r} both act at {place}: ONNX Runtime would take the first"
                         " and ignore the second. Run them one at a time, or give the model one adapter that is both"
                     )
-            chosen.append(adapter)
+            chosen.adapters.append(adapter)
+            chosen.values.update(values)
         return chosen
 
-    def _opened(self, name: str) -> tuple[Any, set[str]]:
+    def _opened(self, name: str) -> tuple[Any, dict[str, Any]]:
         ort = require("onnxruntime", "onnx")
         path = self.path.with_name(str(self.files[name]["file"]))
         if not path.is_file():
@@ -149,7 +160,8 @@ class Interface:
             )
         try:
             held = ort.AdapterFormat.read_adapter(os.fspath(path))
-            values = {key: value.numpy() for key, value in held.get_parameters().items()}
+            given = held.get_parameters()
+            values = {key: value.numpy() for key, value in given.items()}
             adapter = ort.LoraAdapter()
             adapter.Load(os.fspath(path))
         except (RuntimeError, ValueError, UnicodeDecodeError) as error:
@@ -166,7 +178,7 @@ class Interface:
                 faults.append(f"{key} holds NaN or infinite values")
         if faults:
             raise AdapterError(f"{path} does not fit {self.path.name}: {'; '.join(faults)}")
-        return adapter, {_place(key) for key in values}
+        return adapter, given
 
     def _misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What is wrong with these tensors as inputs of the graph, in words."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from lrcompile.verifying.outputs import named_tensors
 from lrcompile.verifying.runners import Layers
 
 
-def steps(session: Any, empty: Layers, options: Any) -> Callable[[dict[str, Tensor]], Tensor]:
+def steps(session: Any, empty: Layers, always: Mapping[str, Any]) -> Callable[[dict[str, Tensor]], Tensor]:
     """A function from the new tokens to the logits after the last of them, `[batch, vocabulary]`. It keeps the cache,
-    at first `empty`; `options` say which adapters act.
+    at first `empty`; the runtime's values `always` are given at each step (an adapter's: bound runs take no other).
     """
     ort = require("onnxruntime", "onnx")
     names = [each.name for each in session.get_outputs()]
@@ -30,11 +30,11 @@ def steps(session: Any, empty: Layers, options: Any) -> Callable[[dict[str, Tens
         binding = session.io_binding()
         for name, tensor in given.items():
             binding.bind_cpu_input(name, tensor.contiguous().numpy())
-        for name, value in past.items():
+        for name, value in {**always, **past}.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding, options)
+        session.run_with_iobinding(binding)
         values = dict(zip(names, binding.get_outputs(), strict=True))
         past.update({name: values[present] for name, present in following.items()})
         return torch.from_numpy(values["logits"].numpy()[:, -1])

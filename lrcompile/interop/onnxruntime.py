@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import AdapterError, VerificationError, require
-from lrcompile.interop.onnx_adapters import Interface, names_of
+from lrcompile.interop.onnx_adapters import Interface, Loaded, names_of
 from lrcompile.interop.onnx_safety import check
 from lrcompile.verifying.outputs import Inputs, named_tensors
 from lrcompile.verifying.provenance import Scopes, Step
@@ -53,7 +53,7 @@ class OnnxRunner:
     ):
         self.label = path.name
         self._interface = interface
-        self._loaded: dict[tuple[str, ...], list[Any]] = {}
+        self._loaded: dict[tuple[str, ...], Loaded] = {}
         self.active, self._by_name = active, by_name
         self._path = path
         self._settings = _settings(session or {})
@@ -84,9 +84,9 @@ class OnnxRunner:
         """See `onnx_steps.steps`; `adapters` as for `run`."""
         from lrcompile.interop.onnx_steps import steps
 
-        options = self._options(self.active if adapters is None else names_of(adapters))
+        loaded = self._adapters(self.active if adapters is None else names_of(adapters))
         with _typed(self._path):
-            step = steps(self._session, empty, options)
+            step = steps(self._session, empty, loaded.values)
 
         def typed(given: dict[str, Tensor]) -> Tensor:
             with _typed(self._path):
@@ -215,25 +215,21 @@ class OnnxRunner:
         with _typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _adapters(self, names: tuple[str, ...]) -> list[Any]:
+    def _adapters(self, names: tuple[str, ...]) -> Loaded:
         if names and self._interface is None:
             raise AdapterError(f"{self._path} takes no adapters; export it with adapters='inputs'")
         if names not in self._loaded:
-            self._loaded[names] = self._interface.load(names) if self._interface is not None else []
+            self._loaded[names] = self._interface.load(names) if self._interface is not None else Loaded([], {})
         return self._loaded[names]
 
     def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
         feed = _feed(self._path, session, inputs, self._by_name)
-        options = self._options(active)
+        options = require("onnxruntime", "onnx").RunOptions()
+        for adapter in self._adapters(active).adapters:
+            options.add_active_adapter(adapter)
         with _typed(self._path):
             values = session.run(names, feed, options)
         return {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
-
-    def _options(self, active: tuple[str, ...]) -> Any:
-        options = require("onnxruntime", "onnx").RunOptions()
-        for adapter in self._adapters(active):
-            options.add_active_adapter(adapter)
-        return options
 
 
 def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
