@@ -323,6 +323,29 @@ def test_packed_projections_and_raw_matrices_have_places_too(tmp_path):
     }
 
 
+class Half(nn.Module):
+    """Only one of its maps is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.spare = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.used(x).tanh()
+
+
+def test_parts_that_the_graph_does_not_compute_are_left_out_and_named(tmp_path):
+    model = _add(Half(), "one", rank=2, targets=["used", "spare"], bias="all")
+    exported = lrcompile.export(model, tmp_path / "m.onnx", X, adapters="inputs")
+    assert exported.manifest["adapters"]["unread"] == ["spare.lora_A.weight", "spare.lora_B.weight", "spare.bias"]
+    assert set(_parameters(exported.path, "one")) == {"used.lora_A.weight", "used.lora_B.weight", "used.bias"}
+    assert exported.verify().ok
+    _add(model, "two", rank=3, targets=["used", "spare"])
+    lrcompile.export_adapter(model, exported.path, "two")
+    _holds(model, exported.path, "two")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_inputs_have_the_dtype_their_site_computes_in_and_gains_keep_their_digits(tmp_path, dtype):
     torch.manual_seed(0)
