@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,10 @@ def export(
     refuse_meta(model, "export", ExportError)
     with _status(f"capturing {type(model).__name__}"):
         captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
-        deployed = deploy(captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples)
+        with decoding.decoding(model) if use_cache else nullcontext():  # as the captured examples call it
+            deployed = deploy(
+                captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples
+            )
     manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     write(path, captured, deployed, manifest, opset)
@@ -132,8 +135,10 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) ->
     prompt = decoding.prompt_of(model, inputs)
     with deployable(model):
         given, varying = decoding.example(model, prompt)
+        first = decoding.first_step(model, prompt)
     with decoding.decoding(model):
-        return capture(model, given, varying), decoding.described(model, given)
+        captured = capture(model, given, varying)
+        return replace(captured, examples=((), first)), decoding.described(model, given)
 
 
 def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, deployed: Deployed) -> dict[str, Any]:
