@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +128,9 @@ def export(
     with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
         with _status(f"capturing {type(model).__name__}"):
             captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
-            deployed = deploy(
-                captured.program, model, plan, keep_nf4=path.suffix == ".onnx", examples=captured.examples, slots=slots
-            )
+            with decoding.decoding(model) if use_cache else nullcontext():  # as the captured examples call it
+                keep = path.suffix == ".onnx"
+                deployed = deploy(captured.program, model, plan, keep_nf4=keep, examples=captured.examples, slots=slots)
         manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
         write(path, captured, deployed, manifest, opset)
     return Export(path, manifest, model, example_inputs)
@@ -145,8 +145,10 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) ->
     prompt = decoding.prompt_of(model, inputs)
     with deployable(model):
         given, varying = decoding.example(model, prompt)
+        first = decoding.first_step(model, prompt)
     with decoding.decoding(model):
-        return capture(model, given, varying), decoding.described(model, given)
+        captured = capture(model, given, varying)
+        return replace(captured, examples=((), first)), decoding.described(model, given)
 
 
 def _manifest(path: Path, model: nn.Module, plan: Plan, captured: Captured, deployed: Deployed) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def test_onnx_runtime_generates_the_models_own_tokens(onnx_of, family):
     [
         {"quantize": "nf4"},
         pytest.param({"adapters": "inline"}, marks=SLOW),
+        pytest.param({"quantize": "nf4", "nf4_form": "int8"}, marks=SLOW),
+        pytest.param({"quantize": "nf4", "nf4_form": "int8", "adapters": "merge"}, marks=SLOW),
         pytest.param({"quantize": "nf4", "adapters": "merge"}, marks=SLOW),
         pytest.param({"opset": 23}, marks=SLOW),
         pytest.param({"opset": 18}, marks=SLOW),
@@ -114,7 +116,8 @@ def test_every_form_verifies_prompt_and_next_token_with_its_cache(tmp_path, opti
     exported = lrcompile.export(model, tmp_path / "m.onnx", prompts(0), use_cache=True, **options)
     verdict = exported.verify()
     assert verdict.ok, verdict
-    assert verdict.adapter_relative_error is None or verdict.adapter_relative_error < 1e-5
+    error = verdict.adapter_relative_error
+    assert error is None or error < (0.5 if "nf4_form" in options else 1e-5)
     assert (model.config.to_dict(), type(model), model.__dict__.keys()) == (before[0], before[1], before[2].keys())
     session = lrcompile.run(exported.path)
     if "quantize" not in options:

@@ -121,20 +121,26 @@ def steps(model: nn.Module, prompt: Mapping[str, Tensor]) -> list[dict[str, Any]
 
     `model` is not hosted yet; it runs twice, the first time on one token.
     """
-    ids, mask = prompt["input_ids"], prompt["attention_mask"]
-    empty = [
-        {name: each.new_empty(len(ids), each.shape[1], 0, each.shape[3]) for name, each in layer.items()}
-        for layer in _after_one_token(model, prompt)
-    ]
+    ids, mask, first = prompt["input_ids"], prompt["attention_mask"], first_step(model, prompt)
     with torch.no_grad(), evaluating(model), decoding(model):
-        result = model(**prompt, **{PAST: empty})
+        result = model(**first)
     following = {
         "input_ids": result["logits"][:, -1:].argmax(-1).to(ids.dtype),
         "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], -1),
     }
     if POSITIONS in prompt:
         following[POSITIONS] = prompt[POSITIONS][:, -1:] + 1
-    return [{**prompt, PAST: empty}, {**following, PAST: result[PRESENT]}]
+    return [first, {**following, PAST: result[PRESENT]}]
+
+
+def first_step(model: nn.Module, prompt: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The prompt on an empty cache; `model` is not hosted yet."""
+    rows = len(prompt["input_ids"])
+    empty = [
+        {name: each.new_empty(rows, each.shape[1], 0, each.shape[3]) for name, each in layer.items()}
+        for layer in _after_one_token(model, prompt)
+    ]
+    return {**prompt, PAST: empty}
 
 
 def example(model: nn.Module, prompt: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
