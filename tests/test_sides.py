@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base, adapter, the adapted model in ONNX, a golden of it, and inputs."""
     folder = tmp_path_factory.mktemp("sides")
-    write_tiny_bert(folder / "base")
+    write_tiny_bert(folder / "base", layers=1)
     model = open_model(str(folder / "base")).model
     lrcompile.apply(model, lrcompile.spec("lora", rank=3, targets=["query", "value"], seed=0))
     torch.manual_seed(0)
