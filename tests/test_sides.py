@@ -167,6 +167,22 @@ def test_two_graphs_are_held_to_the_rounding_of_the_first_and_a_lost_adapter_is_
     assert "first divergence: 0, made by Gemm" in out
 
 
+def test_between_graphs_of_other_exporters_places_are_values_by_name(plain: Path, tmp_path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(plain / "merged.onnx")
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+    onnx.save(proto, tmp_path / "a.onnx")
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("2.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(proto, tmp_path / "b.onnx")
+    verdict = verify(tmp_path / "a.onnx", tmp_path / "b.onnx", (torch.randn(6, 12),))
+    assert not verdict.ok
+    assert verdict.first_divergence == f"%{proto.graph.output[0].name}"
+    assert len(verdict.places) == len(proto.graph.node)
+
+
 def test_d_of_a_graph_is_that_of_the_module_it_came_from(plain: Path) -> None:
     """Measured in float32 and in ONNX Runtime instead of float64: of the same size, not the same bits."""
     from lrcompile.interop.onnxruntime import OnnxRunner
