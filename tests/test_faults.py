@@ -177,7 +177,7 @@ def test_an_update_that_a_cast_erased_is_named_though_every_place_stays_in_its_b
     assert verdict.first_divergence.endswith(".q")
     assert verdict.divergence is not None
     assert verdict.divergence.effect_error == pytest.approx(1.0, abs=0.1)
-    assert "effect lost" in str(verdict)
+    assert "of its adapter's effect" in str(verdict)
 
 
 @pytest.mark.slow
