@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.progress import status
 from lrcompile.state import acting
 from lrcompile.verifying.comparing import Expected
 from lrcompile.verifying.ladder import Ladder
@@ -134,15 +135,16 @@ def _climbed(
 
     judge, own_session = _judge(reference, base, sets, list(runners.values()))
     own = judge.own(sets, outputs)
-    results = {
-        name: [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]
-        for name, one in runners.items()
-    }
+    results = {}
+    for name, one in runners.items():
+        with status(f"running {name}"):
+            results[name] = [aligned(mine, one.run(given), one.label) for mine, given in zip(own, sets, strict=True)]
     shared = [name for name in own[0] if all(name in actual[0] for actual in results.values())]
     uncompared = tuple(name for name in own[0] if name not in shared)
     own = [{name: each[name] for name in shared} for each in own]
 
-    ladder = Ladder(judge.expected(sets, own), limits, judge.exact)
+    with status(f"what rounding may do to {judge.label.removeprefix('reference: ')}"):
+        ladder = Ladder(judge.expected(sets, own), limits, judge.exact)
     ladder.start(own, shown=judge.steps)
     for name, actual in results.items():
         choices, expected = _choices(judge, runners[name], sets, own, ladder)
@@ -157,7 +159,8 @@ def _climbed(
     if not (locate or repro is not None or (locate is None and not verdict.ok)):
         return verdict
     suspect = runners[ladder.first_failed or next(reversed(runners))]
-    verdict = _located(verdict, judge, suspect, sets[0], ladder.allowed)
+    with status(f"measuring every place of {suspect.label}"):
+        verdict = _located(verdict, judge, suspect, sets[0], ladder.allowed)
     if repro is not None and not verdict.ok:
         from lrcompile.verifying.repro import write_repro
 

@@ -39,9 +39,9 @@ class Block(nn.Module):
 
 
 def blocks(method: str = "lora", nf4: bool = False, **fields: Any) -> nn.Module:
-    model = nn.Sequential(*(Block() for _ in range(3)), nn.Linear(WIDTH, 5)).eval()
+    model = nn.Sequential(*(Block() for _ in range(2)), nn.Linear(WIDTH, 5)).eval()
     if nf4:
-        lrcompile.quantize(model, "nf4", block_size=32, exclude=["3"])
+        lrcompile.quantize(model, "nf4", block_size=32, exclude=["2"])
     lrcompile.apply(model, lrcompile.spec(method, rank=3, alpha=6, targets=["q", "o"], seed=0, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -82,8 +82,8 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], None], str, dict[str, Any]]] = {
 
 # a process that imports torch takes seconds
 ALONE = {
-    "module": ("the nibbles of NF4 codes swapped", "scores divided twice, between the modules"),
-    "program": ("a transposed adapter",),
+    "module": ("the nibbles of NF4 codes swapped",),
+    "program": ("scores divided twice, between the modules",),
 }
 
 
@@ -120,7 +120,15 @@ def test_a_fault_in_a_module_or_graph_is_named(fault: str, form: str, tmp_path: 
         shows_it_alone(tmp_path / "repro")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "the nibbles of NF4 codes swapped",
+        "scores divided twice, between the modules",
+        pytest.param("a scale applied twice", marks=pytest.mark.slow),
+        pytest.param("a transposed adapter", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_in_an_onnx_file_is_named_with_its_node(fault: str, tmp_path: Path) -> None:
     model, other, place = broken(fault)
     path = lrcompile.export(other, tmp_path / "model.onnx", INPUTS, adapters="inline").path
@@ -141,7 +149,7 @@ def test_an_adapter_of_dora_shipped_as_lora_is_named() -> None:
     assert not verdict.ok
     assert verdict.first_divergence == "0.q"
     guilty = [place.name for place in verdict.places if place.local_ratio is not None and place.local_ratio > 16]
-    assert guilty == ["0.q", "0.o", "1.q", "1.o", "2.q", "2.o"], "each site that lost its gain, and nothing else"
+    assert guilty == ["0.q", "0.o", "1.q", "1.o"], "each site that lost its gain, and nothing else"
 
 
 def test_int8_accumulation_in_one_product_is_named(tmp_path: Path) -> None:
@@ -160,7 +168,7 @@ def test_an_update_that_a_cast_erased_is_named_though_every_place_stays_in_its_b
         if name.endswith(".B"):
             parameter.data.mul_(1e-9 if name.startswith("1.o") else 1e-6)
     lost = copy.deepcopy(model)
-    for site in ("0.q", "1.q", "2.q"):
+    for site in ("0.q", "1.q"):
         factor(lost, site, "B").data.zero_()
     verdict = verify(model, lost, INPUTS)
     assert not verdict.ok
@@ -169,7 +177,7 @@ def test_an_update_that_a_cast_erased_is_named_though_every_place_stays_in_its_b
     assert verdict.first_divergence.endswith(".q")
     assert verdict.divergence is not None
     assert verdict.divergence.effect_error == pytest.approx(1.0, abs=0.1)
-    assert "effect lost" in str(verdict)
+    assert "of its adapter's effect" in str(verdict)
 
 
 @pytest.mark.slow
@@ -185,7 +193,7 @@ def test_the_guilty_weight_of_a_package_is_named_and_correct_ones_are_measured_p
     right = lrcompile.export(model, tmp_path / "right.pt2", INPUTS).path
     verdict = verify(model, right, INPUTS, locate=True)
     assert verdict.ok
-    assert {"0.q", "1.o", "3"} <= {place.name for place in verdict.places}
+    assert {"0.q", "1.o", "2"} <= {place.name for place in verdict.places}
     assert "compiled again" in str(verdict.note)
 
 

@@ -112,7 +112,7 @@ def test_a_manifest_changed_by_somebody_who_can_seal_it_leads_to_no_crash_and_no
     folder = tmp_path / "case"
     shutil.copytree(recorded, folder)
     seen = {"refused": 0, "fails": 0, "holds": 0}
-    for _ in range(150):
+    for _ in range(120):
         content = copy.deepcopy(original)
         path = chance.choice([path for path in _paths(content) if path[0] != "seal"])
         _put(content, path, chance)
@@ -129,7 +129,7 @@ def test_a_manifest_changed_by_somebody_who_can_seal_it_leads_to_no_crash_and_no
             assert case.sha256 == original["sha256"]
             assert path[0] in ("reason", "limits", "limits_reason", "environment", "updates", "model", "forms",
                                "pipeline", "adapters"), path  # fmt: skip
-    assert seen["refused"] > 50, seen
+    assert seen["refused"] > 40, seen
 
 
 def test_tensors_changed_by_somebody_who_can_hash_them_are_refused_or_computed_and_never_crash(
@@ -139,7 +139,7 @@ def test_tensors_changed_by_somebody_who_can_hash_them_are_refused_or_computed_a
     folder = tmp_path / "case"
     shutil.copytree(recorded, folder)
     seen = {"refused": 0, "fails": 0, "holds": 0}
-    for at in range(150):
+    for at in range(100):
         name = chance.choice([WEIGHTS, DATA])
         data = bytearray((recorded / name).read_bytes())
         chance.choice(BYTES)(data, chance)
@@ -155,7 +155,7 @@ def test_tensors_changed_by_somebody_who_can_hash_them_are_refused_or_computed_a
         if found == "holds":
             assert len(data) == (recorded / name).stat().st_size, f"mutation {at}"
             assert _nearly(recorded / name, folder / name), "only the last bits of a number may differ unnoticed"
-    assert seen["refused"] > 30, seen
+    assert seen["refused"] > 20, seen
     assert seen["fails"] > 10, seen
 
 

@@ -59,7 +59,7 @@ def test_the_commands_record_check_and_catch_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_tiny_bert(tmp_path / "model")
+    write_tiny_bert(tmp_path / "model", layers=1)
     model = open_model("model").model
     lrcompile.apply(model, lrcompile.spec("lora", rank=3, targets=["query", "value"], seed=0))
     for name, parameter in model.named_parameters():

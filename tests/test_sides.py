@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base, adapter, the adapted model in ONNX, a golden of it, and inputs."""
     folder = tmp_path_factory.mktemp("sides")
-    write_tiny_bert(folder / "base")
+    write_tiny_bert(folder / "base", layers=1)
     model = open_model(str(folder / "base")).model
     lrcompile.apply(model, lrcompile.spec("lora", rank=3, targets=["query", "value"], seed=0))
     torch.manual_seed(0)
@@ -165,6 +165,22 @@ def test_two_graphs_are_held_to_the_rounding_of_the_first_and_a_lost_adapter_is_
     code, out, _ = run("verify", "merged.onnx", "base.onnx", "--inputs", "in.npz")
     assert code == 1
     assert "first divergence: 0, made by Gemm" in out
+
+
+def test_between_graphs_of_other_exporters_places_are_values_by_name(plain: Path, tmp_path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(plain / "merged.onnx")
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+    onnx.save(proto, tmp_path / "a.onnx")
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("2.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(proto, tmp_path / "b.onnx")
+    verdict = verify(tmp_path / "a.onnx", tmp_path / "b.onnx", (torch.randn(6, 12),))
+    assert not verdict.ok
+    assert verdict.first_divergence == f"%{proto.graph.output[0].name}"
+    assert len(verdict.places) == len(proto.graph.node)
 
 
 def test_d_of_a_graph_is_that_of_the_module_it_came_from(plain: Path) -> None:

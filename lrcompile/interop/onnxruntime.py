@@ -141,7 +141,7 @@ class OnnxRunner:
                 found[scope] = leaving[0]
         for scope, names in scopes.entering.items():
             entering = [name for name in names if name in order]
-            if len(entering) == 1:
+            if len(entering) == 1 and not scope.startswith("%"):
                 found[f"{ENTERING}{scope}"] = entering[0]
 
         def place(name: str) -> tuple[int, bool, bool, int]:
@@ -290,6 +290,8 @@ def _feed(path: Path, session: Any, inputs: Inputs, by_name: bool) -> dict[str, 
 
 def _scopes_of(node: onnx.NodeProto) -> frozenset[str]:
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    if not text:  # not of torch's exporter: between two such files a value's own name is all there is
+        return frozenset(f"%{name}" for name in node.output[:1])
     try:
         scopes = ast.literal_eval(text) if text and len(text) < 1 << 16 else []
     except (ValueError, SyntaxError):

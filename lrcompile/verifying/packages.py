@@ -21,7 +21,6 @@ from lrcompile.deployment.capture import capture
 from lrcompile.deployment.deploying import Plan, deploy
 from lrcompile.errors import LrcompileError
 from lrcompile.passes.base import Program
-from lrcompile.progress import shown
 from lrcompile.verifying.intermediates import Found, Shapes, matched
 from lrcompile.verifying.manifest import described
 from lrcompile.verifying.outputs import Inputs, aligned, copied, named_outputs
@@ -147,8 +146,7 @@ def _marked(program: Program, inputs: Inputs, shapes: Shapes) -> tuple[dict[str,
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = str(Path(folder, "marked.pt2"))
         exported = torch.export.export(traced, flat, strict=False).run_decompositions()
-        for _ in shown([None], "compiling the package with every place as an output", 1):
-            torch._inductor.aoti_compile_and_package(exported, package_path=path)
+        torch._inductor.aoti_compile_and_package(exported, package_path=path)
         results, values = torch._inductor.aoti_load_package(path)(*copied(flat))
     found = matched(scopes, dict(zip(nodes, values, strict=True)), shapes)
     tree = torch.utils._pytree.tree_unflatten(list(results), program.exported.call_spec.out_spec)

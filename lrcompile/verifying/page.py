@@ -84,7 +84,7 @@ def _effect(verdict: Verdict) -> Picture | None:
     kept = [place.effect_cosine for place in places]
     axes.barh(range(len(places)), kept, color=_PALE, height=0.6, label="cosine kept")
     lost = [min(place.effect_error or 0.0, 2.0) for place in places]
-    axes.plot(lost, range(len(places)), "D", color=_ACCENT, markersize=5, label="share lost, ‖error‖ / ‖effect‖")
+    axes.plot(lost, range(len(places)), "D", color=_ACCENT, markersize=5, label="off by this share, ‖error‖ / ‖effect‖")
     limit = verdict.limits.adapter_relative_error
     axes.axvline(limit, color="#b3261e", linestyle="--", linewidth=1, label="limit of the share")
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)

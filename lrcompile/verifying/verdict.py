@@ -98,7 +98,7 @@ class Place:
     """A module or node of the reference, as a candidate computes it; `entering <path>` is what goes into a module.
 
     `bound_ratio` is the whole error, `local_ratio` what the candidate itself adds there to the values it hands in.
-    `effect_error` and `effect_cosine` say what is left of the adapter's effect at this place. `node` is the candidate's
+    `effect_error` and `effect_cosine` say what became of the adapter's effect at this place (1: off by all of it). `node` is the candidate's
     own name for what makes the value.
     """
 
@@ -123,7 +123,7 @@ class Divergence(Place):
     def __str__(self) -> str:
         made = f", made by {self.node}" if self.node else ""
         local = f", {self.local_ratio:.3g} of it its own" if self.local_ratio is not None else ""
-        lost = f", {self.effect_error:.3g} of its adapter's effect lost" if self.effect_error is not None else ""
+        lost = f", off by {self.effect_error:.3g} of its adapter's effect" if self.effect_error is not None else ""
         return (
             f"{self.name}{made} (r = {self.bound_ratio:.3g}{local}, inherited {self.inherited_ratio:.3g}{lost}, "
             f"max |error| {self.max_abs_error:.3g}; {self.compared} places compared)"
