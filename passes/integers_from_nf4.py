@@ -24,8 +24,8 @@ class IntegersFromNf4(Pass[Program]):
 
     With 8 bits every level is within 1/254 of its block's maximum, a 38th of what NF4 itself rounds by at most; with 4
     bits the weight is rounded once more. `integer_inputs`: the runtime may round each block of x to 8 bits as well,
-    which is what makes its kernels fast. A block size of 0 is one scale a row, and a row of x. Errors are the root mean square of Ŵ − W over a block, in units of
-    max|W|/(2^(bits−1) − 1) there.
+    which is what makes its kernels fast. A block size of 0 is one scale for each row, of W and of x. Errors are the
+    root mean square of Ŵ − W over a block, in units of max|W|/(2^(bits−1) − 1) there.
     """
 
     name: ClassVar[str] = "integers-from-nf4"

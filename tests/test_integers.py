@@ -120,7 +120,8 @@ def test_rounded_inputs_are_within_half_a_step_of_each_block():
 
 
 @pytest.mark.parametrize(("form", "inside", "out"), [
-    ("int8", 256, 48), ("int8", 100, 33), ("int4", 256, 48), ("int4", 24, 5), ("int8-rows", 300, 48), ("int8-rows", 24, 5),
+    ("int8", 256, 48), ("int8", 100, 33), ("int4", 256, 48), ("int4", 24, 5), ("int8-rows", 300, 48),
+    ("int8-rows", 25, 5),
 ])  # fmt: skip
 def test_onnx_runtime_is_within_the_derived_bound_of_the_exact_form(tmp_path, form, inside, out):
     """|y − y_exact| ≤ |x|·|Ŵ − W|ᵀ + Σ_blocks (max|x|/254)·|Ŵ|ᵀ + 16·u·|x||Ŵ|ᵀ: weights, rounded inputs, float32."""
