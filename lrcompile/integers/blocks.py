@@ -37,10 +37,8 @@ def quantize_integers(weight: Tensor, bits: int, block_size: int) -> Integers:
     that is no floating matrix or holds values that are not finite.
     """
     if bits not in BITS or block_size not in (WHOLE_ROW, *BLOCK_SIZES):
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise ValueError(
-            f"bits is {bits!r}, block_size {block_size!r}; expected one of {BITS} and of {sizes} or 0 (rows)"
-        )
+        expected = f"{BITS} and of {(*BLOCK_SIZES, WHOLE_ROW)}"
+        raise ValueError(f"bits is {bits!r}, block_size {block_size!r}; expected one of {expected}")
     if not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"expected a floating matrix, got {weight.dtype} of shape {tuple(weight.shape)}")
     if not torch.isfinite(weight).all():
