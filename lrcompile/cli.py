@@ -203,8 +203,8 @@ def _export(commands: argparse._SubParsersAction) -> None:
                         help="fold them, keep each pair beside its base, or make them swappable inputs")  # fmt: skip
     export.add_argument("--quantize", choices=("nf4",), help="store the linear maps of the written copy so")
     export.add_argument("--into", choices=("float32", "bfloat16", "float16"), help="what a merge makes of NF4 weights")
-    export.add_argument("--nf4-form", choices=("exact", "portable", "int8", "int4"), default="exact",
-                        help="how .onnx holds NF4 weights; int8, int4: fast, declared approximations")  # fmt: skip
+    export.add_argument("--nf4-form", choices=("exact", "portable", "int8", "int8-rows", "int4"), default="exact",
+                        help="how .onnx holds NF4 weights; int…: fast, declared approximations")  # fmt: skip
     export.add_argument("--opset", type=int)
     export.add_argument("--use-cache", action="store_true",
                         help="a decoder with its key-value cache in and out (lrcompile run)")  # fmt: skip

@@ -91,8 +91,9 @@ def export(
     `nf4_form`, how an `.onnx` file holds NF4 weights. "exact": their codes, for MatMulBnb4 (4.5 bits, slow on a CPU).
     "portable": the same in standard operators. "int8", "int4": approximations that MatMulNBits multiplies fast, the
     levels on an 8-bit grid (8.5 bits) or rounded once more to 4 bits (5 bits), inputs rounded to 8 bits (also those of
-    maps that are integers already). What that changes is measured on the example inputs, and the manifest declares it
-    as a limit that `verify` allows.
+    maps that are integers already). "int8-rows": 8 bits with one scale a row, of weights and inputs, in standard
+    operators: fastest on many rows, and coarser where inputs have outliers. What that changes is measured on the
+    example inputs, and the manifest declares it as a limit that `verify` allows.
 
     `use_cache=True`, for causal language models of `transformers`: one graph for the prompt and for each token after
     it. Beside `input_ids`, `attention_mask [batch, past + sequence]` and `position_ids` (where the model takes them)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lrcompile.dialect import integers as integers
 from lrcompile.errors import SpecError
-from lrcompile.integers.blocks import BITS, BLOCK_SIZES, Integers, dequantize_integers, quantize_integers
+from lrcompile.integers.blocks import BITS, BLOCK_SIZES, WHOLE_ROW, Integers, dequantize_integers, quantize_integers
 from lrcompile.kernels.nf4_dequant import dequantize_nf4
 from lrcompile.passes.base import Equivalence, Pass, Program, Result
 from lrcompile.passes.nodes import INTEGER_LINEAR, NF4_LINEAR, held_nf4, tidy
@@ -24,8 +24,8 @@ class IntegersFromNf4(Pass[Program]):
 
     With 8 bits every level is within 1/254 of its block's maximum, a 38th of what NF4 itself rounds by at most; with 4
     bits the weight is rounded once more. `integer_inputs`: the runtime may round each block of x to 8 bits as well,
-    which is what makes its kernels fast. Errors are the root mean square of Ŵ − W over a block, in units of
-    max|W|/(2^(bits−1) − 1) there.
+    which is what makes its kernels fast. A block size of 0 is one scale for each row, of W and of x. Errors are the
+    root mean square of Ŵ − W over a block, in units of max|W|/(2^(bits−1) − 1) there.
     """
 
     name: ClassVar[str] = "integers-from-nf4"
@@ -38,8 +38,8 @@ class IntegersFromNf4(Pass[Program]):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise SpecError(f"bits={self.bits} is not valid: choose one of {BITS}", field="bits")
-        if self.block_size not in BLOCK_SIZES:
-            message = f"block_size={self.block_size} is not valid: choose one of {BLOCK_SIZES}"
+        if self.block_size not in (WHOLE_ROW, *BLOCK_SIZES):
+            message = f"block_size={self.block_size} is not valid: choose one of {BLOCK_SIZES}, or 0 for whole rows"
             raise SpecError(message, field="block_size")
 
     def apply(self, program: Program) -> Result:
@@ -66,15 +66,17 @@ class IntegersFromNf4(Pass[Program]):
         self, program: Program, node: fx.Node, x: Any, held: tuple[fx.Node, fx.Node], bias: Any, inside: Any
     ) -> None:
         with program.exported.graph.inserting_before(node):
-            arguments = (x, *held, bias, inside, self.bits, self.block_size, self.integer_inputs)
+            block = held[0].meta["val"].shape[-1] * 8 // self.bits
+            arguments = (x, *held, bias, inside, self.bits, block, self.integer_inputs)
             made = program.exported.graph.call_function(INTEGER_LINEAR, arguments)
         made.meta = dict(node.meta)
         substitute(program.exported, node, made)
 
     def _error(self, weight: Tensor, stored: Integers) -> float:
         gap = dequantize_integers(stored, weight.shape[1], self.bits) - weight
-        step = _blocks(weight, self.block_size).abs().amax(-1) / (2 ** (self.bits - 1) - 1)
-        wrong = _blocks(gap, self.block_size).square().mean(-1).sqrt()
+        block = stored.codes.shape[-1] * 8 // self.bits
+        step = _blocks(weight, block).abs().amax(-1) / (2 ** (self.bits - 1) - 1)
+        wrong = _blocks(gap, block).square().mean(-1).sqrt()
         return float((wrong / step.clamp_min(torch.finfo(step.dtype).tiny)).max())
 
 

@@ -119,8 +119,10 @@ def test_rounded_inputs_are_within_half_a_step_of_each_block():
     assert gap.any()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-@pytest.mark.parametrize(("inside", "out"), [(256, 48), (100, 33), (24, 5)])
+@pytest.mark.parametrize(("form", "inside", "out"), [
+    ("int8", 256, 48), ("int8", 100, 33), ("int4", 256, 48), ("int4", 24, 5), ("int8-rows", 300, 48),
+    ("int8-rows", 25, 5),
+])  # fmt: skip
 def test_onnx_runtime_is_within_the_derived_bound_of_the_exact_form(tmp_path, form, inside, out):
     """|y − y_exact| ≤ |x|·|Ŵ − W|ᵀ + Σ_blocks (max|x|/254)·|Ŵ|ᵀ + 16·u·|x||Ŵ|ᵀ: weights, rounded inputs, float32."""
     ort = pytest.importorskip("onnxruntime")
@@ -128,12 +130,12 @@ def test_onnx_runtime_is_within_the_derived_bound_of_the_exact_form(tmp_path, fo
     lrcompile.quantize(model, "nf4")
     exported = lrcompile.export(model, tmp_path / "m.onnx", (torch.randn(3, inside),), nf4_form=form)
     operators = [node.op_type for node in pytest.importorskip("onnx").load(exported.path).graph.node]
-    assert operators.count("MatMulNBits") == 1
+    assert operators.count("MatMulInteger" if form == "int8-rows" else "MatMulNBits") == 1
     assert "MatMulBnb4" not in operators
     session = ort.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
-    bits, block = {"int8": (8, 64), "int4": (4, 32)}[form]
+    bits, block = {"int8": (8, 64), "int4": (4, 32), "int8-rows": (8, inside)}[form]
     exact, bias = nf4_weight(model[0], torch.float64), model[0].bias.detach().double()
-    held: Integers = quantize_integers(exact.float(), bits, block)
+    held: Integers = quantize_integers(exact.float(), bits, block if form != "int8-rows" else 0)
     close = dequantize_integers(held, inside, bits, torch.float64)
     for rows in (1, 7, 64):
         x = torch.randn(rows, inside)
@@ -153,18 +155,18 @@ def test_a_form_is_declared_measured_and_allowed_by_verify_and_another_weight_is
     lrcompile.quantize(model, targets=["0", "2"])
     x = torch.randn(32, 96)
     sizes = {}
-    for form in ("exact", "portable", "int8", "int4"):
+    for form in ("exact", "portable", "int8", "int8-rows", "int4"):
         exported = lrcompile.export(model, tmp_path / f"{form}.onnx", (x,), nf4_form=form)
         declared = exported.manifest["limits"]["declared_error"]
         assert exported.manifest["nf4_form"] == form
-        assert (declared > 0) == (form in ("int8", "int4"))
+        assert (declared > 0) == form.startswith("int")
         verdict = exported.verify((torch.randn(20, 96),))
         assert verdict.ok, verdict
         sizes[form] = declared
         if declared:
             assert "an approximation" in exported.manifest["limits_reason"]
             assert verdict.bound_ratio > 16  # without the declaration it would fail
-    assert 0.002 < sizes["int8"] < 0.05 < sizes["int4"] < 0.6
+    assert 0.002 < sizes["int8"] < sizes["int8-rows"] < 0.06 < sizes["int4"] < 0.6
     path = tmp_path / "int4.onnx"
     broken = onnx.load(path)
     for tensor in broken.graph.initializer:
@@ -202,7 +204,7 @@ def test_what_a_form_costs_beside_an_adapter_is_a_share_of_what_the_adapter_does
 
 
 WRONG = {
-    "unknown": ({"nf4_form": "int3"}, True, "choose one of 'exact', 'portable', 'int8', 'int4'"),
+    "unknown": ({"nf4_form": "int3"}, True, "choose one of 'exact', 'portable', 'int8', 'int8-rows', 'int4'"),
     "no weights": ({"nf4_form": "int8"}, False, "there are none: quantize"),
 }
 

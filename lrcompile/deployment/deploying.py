@@ -35,6 +35,7 @@ NF4_FORMS: dict[str, IntegersFromNf4 | None] = {
     "exact": None,
     "portable": None,
     "int8": IntegersFromNf4(bits=8, block_size=64),
+    "int8-rows": IntegersFromNf4(bits=8, block_size=0),
     "int4": IntegersFromNf4(bits=4, block_size=32),
 }
 """How NF4 weights leave, and the approximation that is, if it is one."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+WHOLE_ROW = 0
+"""As a block size: one scale for each output."""
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
 _ROWS = 1 << 20  # elements worked on at a time
 
@@ -34,13 +36,15 @@ def quantize_integers(weight: Tensor, bits: int, block_size: int) -> Integers:
     mean square error of a block is at most max|w|/(2·top). Formed in float32. ValueError: bits, block size, a weight
     that is no floating matrix or holds values that are not finite.
     """
-    if bits not in BITS or block_size not in BLOCK_SIZES:
-        raise ValueError(f"bits is {bits!r}, block_size {block_size!r}; expected one of {BITS} and of {BLOCK_SIZES}")
+    if bits not in BITS or block_size not in (WHOLE_ROW, *BLOCK_SIZES):
+        expected = f"{BITS} and of {(*BLOCK_SIZES, WHOLE_ROW)}"
+        raise ValueError(f"bits is {bits!r}, block_size {block_size!r}; expected one of {expected}")
     if not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"expected a floating matrix, got {weight.dtype} of shape {tuple(weight.shape)}")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds values that are not finite")
     out, inside = weight.shape
+    block_size = block_size or inside + inside % 2  # two codes of 4 bits share a byte
     count = -(-inside // block_size)
     codes = torch.empty(out, count, block_size * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out, count, device=weight.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxscript
 from onnx.defs import OpSchema
@@ -14,6 +16,7 @@ from lrcompile.passes.nodes import INTEGER_LINEAR
 
 _INTEGERS = 4  # accuracy_level: the kernel may round each block of the input to 8 bits
 _FLOATS = 1
+_KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 
 _FLOAT, _BYTES = "T1", "T2"
 _SCHEMA = OpSchema(
@@ -45,10 +48,41 @@ def _translate(
 ) -> Any:
     outside, compute = x.dtype, ir.DataType.FLOAT
     given = x if outside == compute else op.Cast(x, to=compute)
-    y: Any = _matmul_nbits(
-        given, codes, scales, K=in_features, N=int(codes.shape[0]), bits=bits, block_size=block_size,
-        accuracy_level=_INTEGERS if integer_inputs else _FLOATS,
-    )  # fmt: skip
+    out_features = int(codes.shape[0])
+    y: Any
+    if block_size in _KERNEL_BLOCKS:
+        y = _matmul_nbits(
+            given, codes, scales, K=in_features, N=out_features, bits=bits, block_size=block_size,
+            accuracy_level=_INTEGERS if integer_inputs else _FLOATS,
+        )  # fmt: skip
+    else:
+        assert bits == 8  # whole rows of 4 bits have neither a kernel nor a use
+        y = _whole_rows(given, codes, scales, out_features, in_features, integer_inputs)
     if bias is not None:
         y = op.Add(y, bias if bias.dtype == compute else op.Cast(bias, to=compute))
     return y if outside == compute else op.Cast(y, to=outside)
+
+
+def _whole_rows(x: Any, codes: Any, scales: Any, out_features: int, in_features: int, integer_inputs: bool) -> Any:
+    """In standard operators: y = r·s·(x̂·Ŵᵀ) by MatMulInteger, x̂ = round(x/r), r = max|x|/127 of each row.
+
+    The codes leave their zero point of 128 behind in operations on constants, which runtimes evaluate when they load:
+    signed weights are what MatMulInteger is fastest with.
+    """
+    whole: Any = op.Reshape(codes, _constant([out_features, -1]))
+    whole = op.Slice(whole, _constant([0]), _constant([in_features]), _constant([1]))  # an odd row has one code more
+    centred: Any = op.Sub(op.Cast(whole, to=ir.DataType.INT32), _constant(128, np.int32))
+    per_output: Any = op.Reshape(scales, _constant([out_features]))
+    if not integer_inputs:
+        weight: Any = op.Transpose(op.Cast(centred, to=ir.DataType.FLOAT), perm=[1, 0])
+        return op.Mul(op.MatMul(x, weight), per_output)
+    signed: Any = op.Transpose(op.Cast(centred, to=ir.DataType.INT8), perm=[1, 0])
+    peak: Any = op.ReduceMax(op.Abs(x), _constant([-1]), keepdims=1)
+    step: Any = op.Max(op.Div(peak, _constant(127, np.float32)), _constant(np.finfo(np.float32).tiny, np.float32))
+    rounded: Any = op.Add(op.Round(op.Div(x, step)), _constant(128, np.float32))
+    product: Any = op.MatMulInteger(op.Cast(rounded, to=ir.DataType.UINT8), signed, _constant(128, np.uint8))
+    return op.Mul(op.Mul(op.Cast(product, to=ir.DataType.FLOAT), step), per_output)
+
+
+def _constant(value: Any, dtype: Any = np.int64) -> Any:
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype)))
