@@ -41,6 +41,16 @@ def test_two_arguments_that_are_one_object_stay_two_inputs():
     assert result["hit"] == 0
 
 
+@pytest.mark.parametrize("order", [["ids", "labels", "mask"], ["mask", "labels", "ids"]])
+def test_inputs_and_their_sizes_keep_their_names_in_whatever_order_they_are_given(order):
+    given = {"ids": _ids(2, 3), "labels": _ids(2, 3), "mask": torch.ones(2, 3)}
+    sizes = {"ids": {0: Dim("rows")}, "labels": {0: Dim("rows")}, "mask": {0: Dim("rows")}}
+    captured = capture(Scorer(), {name: given[name] for name in order}, sizes)
+    assert {name: node for node, name in captured.inputs.items()} == {name: name for name in given}
+    assert list(captured.inputs) == order
+    assert set(captured.dimensions.values()) == {"rows"}
+
+
 def test_outputs_are_named_as_in_the_model_and_none_is_left_out():
     captured = capture(Scorer(), {"ids": _ids(2, 3), "labels": _ids(2, 3)})
     assert captured.outputs == ("scores", "hit", "nested.0")
