@@ -35,6 +35,7 @@ def write(program: Program, path: Path, describe: Callable[[dict[str, str]], byt
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+                _free_views(program.exported.graph_module)
                 lowered = program.exported.run_decompositions()
             _return_plain(lowered)
             torch._inductor.aoti_compile_and_package(
@@ -45,6 +46,18 @@ def write(program: Program, path: Path, describe: Callable[[dict[str, str]], byt
                 f"Inductor could not compile {path.name}: {error}\n.onnx is the other supported format"
             ) from error
         described.write_bytes(describe({path.name: sha256(temporary)}))
+
+
+def _free_views(module: torch.fx.GraphModule) -> None:
+    """view → reshape, the same wherever a view is possible. Decomposing changes how attention's output lies in memory,
+    and views of it that were captured as possible (GPT-2's) need not be any more.
+    """
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target is torch.ops.aten.view.default:
+                    node.target = torch.ops.aten.reshape.default
+            part.recompile()
 
 
 def _return_plain(lowered: torch.export.ExportedProgram) -> None:
