@@ -116,7 +116,7 @@ def golden_record(given: Namespace) -> int:
     import lrcompile.golden as golden
 
     quiet()
-    opened = adapted(given.model, given.adapter)
+    opened = adapted(given.model, *filter(None, [given.adapter]))
     inputs = opened.inputs(given.inputs, given.text or ["a text whose outputs are kept", "another"])
     forms = names(given.forms) if given.forms else []
     golden.record(given.path, opened.model, inputs, pipeline=given.passes, forms=forms, reason=given.reason)
