@@ -412,3 +412,20 @@ def test_an_export_is_frozen_and_keeps_the_callers_model(tmp_path):
     assert not exported.verify().ok  # it is held against the model as it is now
     model.load_state_dict(drifted)
     assert exported.verify().ok
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_keyword_inputs_keep_their_names_in_whatever_order_they_are_given(tmp_path, order):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(IN, OUT)
+
+        def forward(self, a, b):
+            return self.map(a) - 2 * self.map(b)
+
+    given = {"a": _x(4), "b": _x(4) + 1}
+    exported = lrcompile.export(Two(), tmp_path / "m.onnx", {name: given[name] for name in order})
+    assert [port["name"] for port in exported.manifest["inputs"]] == ["a", "b"]
+    assert exported.verify().ok
+    assert exported.verify({"b": _x(3), "a": _x(3) - 1}).ok

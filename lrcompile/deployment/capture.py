@@ -55,6 +55,8 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
     if dynamic_shapes is None:
         args, kwargs = _enlarge(args, kwargs)
     bound = _bind(model, args, kwargs)
+    # The program takes keywords in the order given, and its inputs are named in the signature's: make these one.
+    kwargs = {name: kwargs[name] for name in dict.fromkeys([*bound, *kwargs]) if name in kwargs}
     if dynamic_shapes is None:
         _refuse_variadic(model, bound)
     shapes = pytree.tree_map(_varying, bound) if dynamic_shapes is None else None if static else dynamic_shapes

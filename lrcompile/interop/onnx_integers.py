@@ -74,9 +74,10 @@ def _whole_rows(x: Any, codes: Any, scales: Any, out_features: int, in_features:
     centred: Any = op.Sub(op.Cast(whole, to=ir.DataType.INT32), _constant(128, np.int32))
     per_output: Any = op.Reshape(scales, _constant([out_features]))
     if not integer_inputs:
-        weight: Any = op.Transpose(op.Cast(centred, to=ir.DataType.FLOAT), perm=[1, 0])
-        return op.Mul(op.MatMul(x, weight), per_output)
-    signed: Any = op.Transpose(op.Cast(centred, to=ir.DataType.INT8), perm=[1, 0])
+        weight: Any = op.Cast(centred, to=ir.DataType.FLOAT)
+        return op.Mul(op.MatMul(x, op.Transpose(weight, perm=[1, 0])), per_output)
+    weight = op.Cast(centred, to=ir.DataType.INT8)
+    signed: Any = op.Transpose(weight, perm=[1, 0])
     peak: Any = op.ReduceMax(op.Abs(x), _constant([-1]), keepdims=1)
     step: Any = op.Max(op.Div(peak, _constant(127, np.float32)), _constant(np.finfo(np.float32).tiny, np.float32))
     rounded: Any = op.Add(op.Round(op.Div(x, step)), _constant(128, np.float32))
