@@ -54,6 +54,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         raise ExportError(f"dynamic_shapes={dynamic_shapes!r}: expected None, 'static', or torch.export's own form")
     if dynamic_shapes is None:
         args, kwargs = _enlarge(args, kwargs)
+    kwargs = _in_order(model, kwargs)
     bound = _bind(model, args, kwargs)
     if dynamic_shapes is None:
         _refuse_variadic(model, bound)
@@ -118,6 +119,14 @@ def _varying(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return None
     return {axis: Dim.DYNAMIC for axis in _axes(leaf) if leaf.shape[axis] != 1}
+
+
+def _in_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """As the signature has them, whatever order they were given in: the program keeps the order of the call, and names
+    and shapes are matched to it.
+    """
+    order = {name: index for index, name in enumerate(inspect.signature(model.forward).parameters)}
+    return dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
