@@ -2,7 +2,7 @@
 
     r       = max |y − y64| / D                  the whole error at a place
     r_local = max |y − f(x)| / D_local           x what the candidate itself hands to the place, f in float64
-    e       = ‖y − f(x)‖ / ‖f(x) − f₀(x)‖        f₀ the same place of the base: the share of its own effect that it is off by
+    e       = ‖y − f(x)‖ / ‖f(x) − f₀(x)‖        f₀ the same place of the base: by which share of its effect it is off
 
 f(x) comes from one more float64 run in which every place goes on with the candidate's value instead of its own, so no
 error is handed down; D_local from replays of that run, with each value handed over moved by its own rounding. The

@@ -98,8 +98,8 @@ class Place:
     """A module or node of the reference, as a candidate computes it; `entering <path>` is what goes into a module.
 
     `bound_ratio` is the whole error, `local_ratio` what the candidate itself adds there to the values it hands in.
-    `effect_error` and `effect_cosine` say what became of the adapter's effect at this place (1: off by all of it). `node` is the candidate's
-    own name for what makes the value.
+    `effect_error` and `effect_cosine` say what became of the adapter's effect at this place (1: off by all of it).
+    `node` is the candidate's own name for what makes the value.
     """
 
     name: str
