@@ -168,5 +168,6 @@ def test_keywords_in_another_order_than_the_signature_keep_their_names() -> None
     ids, mask = torch.arange(6).reshape(2, 3), torch.zeros(2, 3, dtype=torch.bool)
     for given in ({"ids": ids, "mask": mask}, {"mask": mask, "ids": ids}):
         captured = capture(Masked(), given)
-        dtypes = {node.name: node.meta["val"].dtype for node in captured.program.graph.nodes if node.op == "placeholder"}
+        nodes = [node for node in captured.program.graph.nodes if node.op == "placeholder"]
+        dtypes = {node.name: node.meta["val"].dtype for node in nodes}
         assert {name: dtypes[own] for own, name in captured.inputs.items()} == {"ids": torch.int64, "mask": torch.bool}
