@@ -168,3 +168,16 @@ def test_sizes_cannot_vary_for_what_only_variadic_keywords_take():
     with pytest.raises(ExportError, match=r"bias: Variadic.forward takes this through \*\*more only"):
         capture(Variadic(), inputs)
     assert capture(Variadic(), inputs, "static").outputs == ("output",)
+
+
+def test_keywords_in_another_order_than_the_signature_keep_their_names() -> None:
+    class Masked(nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return ids * mask.logical_not()
+
+    ids, mask = torch.arange(6).reshape(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    for given in ({"ids": ids, "mask": mask}, {"mask": mask, "ids": ids}):
+        captured = capture(Masked(), given)
+        nodes = [node for node in captured.program.graph.nodes if node.op == "placeholder"]
+        dtypes = {node.name: node.meta["val"].dtype for node in nodes}
+        assert {name: dtypes[own] for own, name in captured.inputs.items()} == {"ids": torch.int64, "mask": torch.bool}

@@ -54,9 +54,8 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
         raise ExportError(f"dynamic_shapes={dynamic_shapes!r}: expected None, 'static', or torch.export's own form")
     if dynamic_shapes is None:
         args, kwargs = _enlarge(args, kwargs)
+    kwargs = _in_order(model, kwargs)
     bound = _bind(model, args, kwargs)
-    # The program takes keywords in the order given, and its inputs are named in the signature's: make these one.
-    kwargs = {name: kwargs[name] for name in dict.fromkeys([*bound, *kwargs]) if name in kwargs}
     if dynamic_shapes is None:
         _refuse_variadic(model, bound)
     shapes = pytree.tree_map(_varying, bound) if dynamic_shapes is None else None if static else dynamic_shapes
@@ -121,6 +120,14 @@ def _varying(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return None
     return {axis: Dim.DYNAMIC for axis in _axes(leaf) if leaf.shape[axis] != 1}
+
+
+def _in_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """As the signature has them, whatever order they were given in: the program keeps the order of the call, and names
+    and shapes are matched to it.
+    """
+    order = {name: index for index, name in enumerate(inspect.signature(model.forward).parameters)}
+    return dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
