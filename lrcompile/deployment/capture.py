@@ -68,15 +68,13 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
                 "If the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
                 "dimensions that may, in torch.export's form"
             ) from error
-    # a program takes keywords in the order in which it was given them, whatever the signature's
-    called = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-    names = _dimension_names(program, shapes, called)
+    names = _dimension_names(program, shapes, bound)
     limits = {
         names[str(symbol)]: int(interval.upper)
         for symbol, interval in program.range_constraints.items()
         if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
     }
-    inputs, outputs = _input_names(program, called), _output_names(program)
+    inputs, outputs = _input_names(program, bound), _output_names(program)
     return Captured(program, inputs, outputs, names, limits, (args, kwargs), shapes)
 
 
@@ -194,9 +192,9 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     return symbol.sub(lambda match: names[match.group()], text) if names else text
 
 
-def _input_names(program: torch.export.ExportedProgram, called: dict[str, Any]) -> dict[str, str]:
+def _input_names(program: torch.export.ExportedProgram, bound: dict[str, Any]) -> dict[str, str]:
     """By their place in the arguments, `past_key_values.0.key`; those that are tensors."""
-    paths, _ = pytree.tree_flatten_with_path(called)
+    paths, _ = pytree.tree_flatten_with_path(bound)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     return {
         name: dotted(path)
@@ -222,9 +220,9 @@ def leaf_names(spec: pytree.TreeSpec) -> list[str]:
     return [names[index] for index in range(spec.num_leaves)]
 
 
-def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, called: dict[str, Any]) -> dict[str, str]:
+def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, bound: dict[str, Any]) -> dict[str, str]:
     """Symbol -> name: the user's `Dim` names, else `batch` and `sequence`; other sizes are `<input>_dim<axis>`."""
-    given = [spec if isinstance(spec, Mapping) else {} for spec in _flat_specs(shapes, called)]
+    given = [spec if isinstance(spec, Mapping) else {} for spec in _flat_specs(shapes, bound)]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     first: dict[int, int] = {}  # axis -> the example size that is called batch or sequence
     names: dict[str, str] = {}
@@ -247,18 +245,18 @@ def _dimension_names(program: torch.export.ExportedProgram, shapes: Any, called:
     return names
 
 
-def _flat_specs(shapes: Any, called: dict[str, Any]) -> list[Any]:
+def _flat_specs(shapes: Any, bound: dict[str, Any]) -> list[Any]:
     """One shape spec per leaf of the inputs, whatever form the user gave; {} where it says nothing."""
     if shapes is None:
-        return [{}] * len(pytree.tree_leaves(called))
+        return [{}] * len(pytree.tree_leaves(bound))
     if isinstance(shapes, tuple | list):
-        shapes = dict(zip(called, shapes, strict=False))
+        shapes = dict(zip(bound, shapes, strict=False))
 
     def normal(spec: Any) -> Any:
         return dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec
 
     flat: list[Any] = []
-    for name, value in called.items():
+    for name, value in bound.items():
         spec = shapes.get(name)
         if isinstance(value, torch.Tensor):
             flat.append(normal(spec))
