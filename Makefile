@@ -53,7 +53,7 @@ packaging: setup ## the packaging tests: wheel through sdist, names, links, impo
 
 # Compiled packages take a minute more: `make slow` has them.
 golden: setup ## check the stored goldens, in ONNX Runtime too
-	$(BIN)/lrcompile golden check golden/ --forms merged,onnx,onnx-inline,onnx-nf4 $(ARGS)
+	$(BIN)/lrcompile golden check golden/ --forms merged,onnx,onnx-inline,onnx-inputs,onnx-nf4 $(ARGS)
 
 check: lint types packaging ## lint, types and packaging
 

@@ -46,7 +46,7 @@ class Recipe:
 # fmt: off
 RECIPES = (
     Recipe("llama-lora", "llama", "lora", "the pair on every linear map of a decoder, folded, kept beside, and in ONNX",
-           {"rank": 5}, ("merged", "onnx", "onnx-inline"), "merge-lora,expand-lora"),
+           {"rank": 5}, ("merged", "onnx", "onnx-inline", "onnx-inputs"), "merge-lora,expand-lora"),
     Recipe("llama-qlora", "llama", "lora", "NF4 codes and an adapter beside them come back to the bit",
            {"rank": 3, "targets": ["q_proj", "down_proj"]}, ("merged", "onnx"), nf4=True),
     Recipe("llama-two-adapters", "llama", "lora", "two adapters at other weights act together",
@@ -55,7 +55,7 @@ RECIPES = (
     Recipe("mistral-dora-bfloat16", "mistral", "dora", "the norms of DoRA in bfloat16, with a sliding window",
            {"rank": 4, "targets": ["q_proj", "o_proj"]}, (), dtype=torch.bfloat16),
     Recipe("qwen2-dora", "qwen2", "dora", "DoRA's gains are not lost by folding, nor in ONNX",
-           {"rank": 4}, ("merged", "onnx-inline")),
+           {"rank": 4}, ("merged", "onnx-inline", "onnx-inputs")),
     Recipe("gpt2-rslora", "gpt2", "rslora", "Conv1D stores its weight the other way round, c_attn three in one",
            {"rank": 4, "targets": ["c_attn", "c_fc"]}, ("merged", "onnx")),
     Recipe("gpt2-ia3", "gpt2", "ia3", "gains on outputs and on inputs of maps",

@@ -280,7 +280,7 @@ def _golden(commands: argparse._SubParsersAction) -> None:
     record.add_argument("--passes", metavar="NAMES", help="run these at each check (see: lrcompile passes)")
     record.add_argument(
         "--forms", metavar="NAMES",
-        help="put the model into these at each check, with commas: merged, onnx, onnx-inline, onnx-nf4, pt2",
+        help="put the model into these at each check: merged, onnx, onnx-inline, onnx-inputs, onnx-nf4, pt2",
     )  # fmt: skip
     _input_options(record)
     check = _add(

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 SUITE = Path(__file__).parent.parent / "golden"
 CASES = [folder.name for folder in cases(SUITE)]
-ONNX = ("onnx", "onnx-inline", "onnx-nf4")
+ONNX = ("onnx", "onnx-inline", "onnx-inputs", "onnx-nf4")
 IN_PACKAGES = [name for name in CASES if "pt2" in read_case(SUITE / name).forms]
 
 

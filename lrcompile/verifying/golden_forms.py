@@ -18,12 +18,14 @@ FORMS = {
     "merged": "lrcompile.merge of a copy",
     "onnx": "an .onnx file: adapters folded, or kept beside NF4 weights",
     "onnx-inline": "an .onnx file with each adapter beside its weight",
+    "onnx-inputs": "an .onnx file that is given its adapters when it runs",
     "onnx-nf4": "an .onnx file whose weights are stored as NF4, against the same rounded weights",
     "pt2": "a compiled package; takes a C++ compiler and a while",
 }
 _EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "onnx": (".onnx", {}),
     "onnx-inline": (".onnx", {"adapters": "inline"}),
+    "onnx-inputs": (".onnx", {"adapters": "inputs"}),
     "onnx-nf4": (".onnx", {"quantize": "nf4"}),
     "pt2": (".pt2", {}),
 }
