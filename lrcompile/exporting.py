@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
 from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
+from lrcompile.progress import status
 from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
@@ -127,7 +126,7 @@ def export(
         raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
-        with _status(f"capturing {type(model).__name__}"):
+        with status(f"capturing {type(model).__name__}"):
             captured, generation = _captured(model, example_inputs, dynamic_shapes, use_cache)
             with decoding.decoding(model) if use_cache else nullcontext():  # as the captured examples call it
                 keep = path.suffix == ".onnx"
@@ -183,7 +182,7 @@ def _write_onnx(
     for each in deployed.swappable:
         fitted = Interface.of(path, {**manifest, "sha256": {}}).fitted(each.tensors, f"adapter {each.name!r}")
         files[file_name(path, each.name)] = partial(write_adapter, tensors=fitted)
-    with _status(f"lowering to {path.name}"):
+    with status(f"lowering to {path.name}"):
         portable = manifest.get("nf4_form") == "portable"
         lowered = lower(captured, deployed.program.pending, opset, deployed.inputs, portable_nf4=portable)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
@@ -204,16 +203,5 @@ def _write_package(
         manifest["sha256"] = dict(hashes)
         return encoded(manifest)
 
-    with _status(f"compiling {path.name}"):
+    with status(f"compiling {path.name}"):
         write(deployed.program, path, describe)
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield

@@ -90,7 +90,8 @@ def tensor_content(proto: Any, chance: random.Random) -> None:
             tensor.raw_data = tensor.raw_data[: chance.randrange(len(tensor.raw_data) + 1)]
         case 2:
             entry = tensor.external_data.add()
-            entry.key, entry.value = chance.choice(["location", "offset", "length"]), chance.choice(["../a", "-1", "9e9"])
+            entry.key = chance.choice(["location", "offset", "length"])
+            entry.value = chance.choice(["../a", "-1", "9e9"])
             tensor.data_location = 1
 
 
