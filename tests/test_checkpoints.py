@@ -9,12 +9,7 @@ import errno
 import json
 import os
 import pickle
-import signal
 import struct
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -684,46 +679,6 @@ def test_a_model_without_adapters_or_a_name_that_is_not_there_is_refused(tmp_pat
     with pytest.raises(AdapterError, match="'other'"):
         lrcompile.save(adapted(), tmp_path / "a", "other")
     assert not (tmp_path / "a").exists()
-
-
-SAVING = """
-import sys, torch, lrcompile
-from torch import nn
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(301, 400), nn.Linear(400, 300))
-lrcompile.apply(model, lrcompile.spec("lora", rank=64, targets=["0", "1"]))
-value = float(sys.argv[2])
-while True:
-    value += 1
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.fill_(value)
-    state = model.__dict__["_lrcompile"]
-    object.__setattr__(state.specs["default"], "alpha", value)
-    lrcompile.save(model, sys.argv[1])
-    print(value, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_save_leaves_the_old_adapter_or_the_new_one_never_a_mixture(tmp_path: Path):
-    folder, value = tmp_path / "a", 0.0
-    for attempt in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SAVING), str(folder), str(value)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.011 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        tensors = load_file(folder / WEIGHTS)
-        found = {tensor.unique().item() for tensor in tensors.values()}
-        assert len(found) == 1
-        assert json.loads((folder / CONFIG).read_text())["lora_alpha"] == next(iter(found))
-        assert json.loads((folder / OURS).read_text())["spec"]["alpha"] == next(iter(found))
-        value = found.pop()
 
 
 def test_weights_that_are_not_those_written_are_refused_and_without_our_file_read_as_pefts(saved: Path):

@@ -282,7 +282,7 @@ def test_adapters_of_experts_are_folded_into_the_stack_or_stay_beside_it(tmp_pat
     sites.add("model.layers.0.self_attn.q_proj")
     kept, folded = (set(exported.manifest["adapters"][name]) for name in ("inline", "folded"))
     assert (folded, kept) == ((sites, set()) if form == "merge" else (set(), sites))
-    verdict = exported.verify(_batch(3, 9))
+    verdict = exported.verify({"input_ids": _batch(3, 9)["input_ids"]})
     assert verdict.ok, verdict
     assert verdict.adapter_relative_error is not None
     assert verdict.adapter_relative_error < 1e-5

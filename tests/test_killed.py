@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +76,12 @@ def llama(folder: Path) -> None:
 
 
 def merge(folder: Path, version: int) -> None:
-    from lrcompile import commands
+    from lrcompile.cli import main
 
     if not (folder / "base").exists():
         llama(folder)
-    commands.merge(
-        Namespace(model=str(folder / "base"), adapter=str(folder / "adapter"), into="keep", out=str(folder / "out"))
-    )
+    base, adapter, out = (str(folder / name) for name in ("base", "adapter", "out"))
+    assert main(["merge", base, adapter, "--out", out]) == 0
 
 
 def merged(folder: Path) -> int | None:
