@@ -144,14 +144,14 @@ def drive(scenario: Scenario, folder: Path) -> None:
     if scenario.afresh:
         shutil.rmtree(folder / "out")
     begun = time.monotonic()
-    scenario.write(folder, 0)
+    assert os.waitpid(forked(lambda: scenario.write(folder, 0)), 0)[1] == 0
     took, chance = time.monotonic() - begun, random.Random(0)
     seen = set()
     for turn in range(ROUNDS):
         if scenario.afresh:
             shutil.rmtree(folder / "out", ignore_errors=True)
         writer = forked(lambda turn=turn: again_and_again(scenario, folder, turn))  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 2.2 * took))
+        time.sleep(chance.uniform(0, 3 * took))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
 
