@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from lrcompile.errors import AdapterError, VerificationError, require
 from lrcompile.interop.onnx_adapters import Interface, Loaded, names_of
 from lrcompile.interop.onnx_safety import check
-from lrcompile.verifying.outputs import Inputs, named_tensors
+from lrcompile.interop.onnx_sessions import LEVELS, feed_of, settings_of, typed
+from lrcompile.verifying.outputs import Inputs
 from lrcompile.verifying.provenance import Scopes, Step
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
     from lrcompile.verifying.intermediates import Found
     from lrcompile.verifying.runners import Layers
 
-_LEVELS = {
-    "disabled": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-# By default int4 graphs are lowered to int8 activations: 7e-3 instead of 1e-6.
-_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "0"}
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -56,7 +49,7 @@ class OnnxRunner:
         self._loaded: dict[tuple[str, ...], Loaded] = {}
         self.active, self._by_name = active, by_name
         self._path = path
-        self._settings = _settings(session or {})
+        self._settings = settings_of(session or {})
         self._model = check(path)
         self._adapters(active)
         self._session = self._open(self._model)
@@ -85,14 +78,14 @@ class OnnxRunner:
         from lrcompile.interop.onnx_steps import steps
 
         loaded = self._adapters(self.active if adapters is None else names_of(adapters))
-        with _typed(self._path):
+        with typed(self._path):
             step = steps(self._session, empty, loaded.values)
 
-        def typed(given: dict[str, Tensor]) -> Tensor:
-            with _typed(self._path):
+        def reported(given: dict[str, Tensor]) -> Tensor:
+            with typed(self._path):
                 return step(given)
 
-        return typed
+        return reported
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -175,7 +168,7 @@ class OnnxRunner:
 
         target, ends = (None, set()) if place is None else self._around(place)
         wanted = [output.name for output in self._model.graph.output] if target is None else [target]
-        feed = _feed(self._path, self._session, inputs, self._by_name)
+        feed = feed_of(self._path, self._session, inputs, self._by_name)
         values = {name: torch.from_numpy(value) for name, value in feed.items()} | self.values(self._model, inputs)
         model, entering = part(self._path, self._model, wanted, ends, {name: values[name] for name in values})
         return model, {name: values[name] for name in entering}, wanted
@@ -205,14 +198,14 @@ class OnnxRunner:
         options.intra_op_num_threads = self._settings["threads"]
         options.inter_op_num_threads = 1
         options.graph_optimization_level = getattr(
-            ort.GraphOptimizationLevel, _LEVELS[self._settings["graph_optimization_level"]]
+            ort.GraphOptimizationLevel, LEVELS[self._settings["graph_optimization_level"]]
         )
         options.log_severity_level = 3
         for key, value in self._settings["config"].items():
             options.add_session_config_entry(key, value)
         # The bytes that were checked are the ones that run; external data is looked up in the same folder.
         options.add_session_config_entry(_FOLDER, str(self._path.resolve().parent))
-        with _typed(self._path):
+        with typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def _adapters(self, names: tuple[str, ...]) -> Loaded:
@@ -223,69 +216,13 @@ class OnnxRunner:
         return self._loaded[names]
 
     def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
-        feed = _feed(self._path, session, inputs, self._by_name)
+        feed = feed_of(self._path, session, inputs, self._by_name)
         options = require("onnxruntime", "onnx").RunOptions()
         for adapter in self._adapters(active).adapters:
             options.add_active_adapter(adapter)
-        with _typed(self._path):
+        with typed(self._path):
             values = session.run(names, feed, options)
         return {name: torch.from_numpy(value.copy()) for name, value in zip(names, values, strict=True)}
-
-
-def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"threads", "graph_optimization_level", "config"}
-    if not set(session) <= known:
-        raise VerificationError(f"unknown session settings {sorted(set(session) - known)}; known are {sorted(known)}")
-    level, threads = session.get("graph_optimization_level", "all"), session.get("threads", torch.get_num_threads())
-    config = {**_CONFIG, **session.get("config", {})}
-    if level not in _LEVELS or type(threads) is not int or not 1 <= threads <= 1024:
-        raise VerificationError(
-            f"session settings {dict(session)}: a level of {', '.join(_LEVELS)} and 1 to 1024 threads are possible"
-        )
-    if not set(config) <= set(_CONFIG) or not all(isinstance(value, str) for value in config.values()):
-        raise VerificationError(
-            f"unknown session config entries {sorted(set(config) - set(_CONFIG))}; known are {sorted(_CONFIG)}"
-        )
-    return {"threads": threads, "graph_optimization_level": level, "config": config}
-
-
-class _typed:
-    """Whatever ONNX Runtime raises becomes a `VerificationError` with its text."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (*_runtime_errors(), ValueError, RuntimeError)):
-            raise VerificationError(f"ONNX Runtime cannot run {self.path}: {error}") from error
-
-
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    state = require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx")
-    return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-
-
-def _feed(path: Path, session: Any, inputs: Inputs, by_name: bool) -> dict[str, Any]:
-    """Inputs by name where they have the graph's names, else, unless they have to, the tensors in order."""
-    names = [entry.name for entry in session.get_inputs()]
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    named = named_tensors(inputs) if isinstance(inputs, dict) else {}
-    if named and len(named) == len(leaves) and set(named) == set(names):
-        given = named
-    elif len(leaves) == len(names) and not set(named) & set(names) and not (by_name and named):
-        given = dict(zip(names, leaves, strict=True))
-    else:
-        offered = ", ".join(named) or f"{len(leaves)} tensors"
-        raise VerificationError(f"{path} takes the inputs {', '.join(names)}; given were {offered}")
-    unusual = [name for name, value in given.items() if value.dtype == torch.bfloat16]
-    if unusual:
-        raise VerificationError(
-            f"{path}: bfloat16 inputs ({', '.join(unusual)}) cannot be handed to ONNX Runtime; export with float32"
-        )
-    return {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
 
 
 def _scopes_of(node: onnx.NodeProto) -> frozenset[str]:
