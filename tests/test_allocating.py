@@ -140,7 +140,7 @@ def test_a_conv1d_is_stored_turned_round():
     lrcompile.quantize(model, budget={"error": 0.01}, data=[(x,)])
     assert form_of(model[0]) == INT8
     assert model[0].weight.shape == weight.shape
-    torch.testing.assert_close(model(x), y, rtol=0, atol=0.02 * float(y.abs().max()))
+    assert (model(x) - y).norm() <= 0.01 * y.norm()  # what the budget allows, on the data it was held to
 
 
 WRONG = {

@@ -48,5 +48,6 @@ class _IntegerLinear(torch.autograd.Function):
             in_features, bits = ctx.stored
             dx = dy @ dequantize_integers(Integers(*ctx.saved_tensors), in_features, bits, dy.dtype)
         if ctx.needs_input_grad[2]:
-            db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+            wide = torch.promote_types(dy.dtype, ctx.bias_dtype)
+            db = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
         return dx, None, db, None, None
