@@ -23,16 +23,6 @@ Run = Callable[..., tuple[int, str, str]]
 TEXTS = ("the cat sat", "the dog and the cat")
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return invoke
-
-
 def _tokenizer() -> Any:
     """Byte-level, as Llama 3's and GPT-2's are; onnxruntime-genai reads only such real kinds."""
     level = tokenizers.pre_tokenizers.ByteLevel

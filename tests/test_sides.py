@@ -15,7 +15,6 @@ from torch import nn
 
 import lrcompile
 import lrcompile.golden as golden
-from lrcompile import cli
 from lrcompile.demo.opening import open_model
 from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.verification import verify
@@ -25,19 +24,6 @@ pytest.importorskip("transformers")
 IDS = torch.tensor([[2, 7, 8, 3, 5], [2, 9, 3, 0, 0]])
 GIVEN = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return invoke
 
 
 @pytest.fixture(scope="module")
