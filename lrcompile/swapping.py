@@ -10,14 +10,14 @@ from torch import nn
 
 from lrcompile.checkpointing.base_print import differences
 from lrcompile.converting import chosen_adapter
-from lrcompile.deployment.describing import encoded, fingerprint
+from lrcompile.deployment.describing import fingerprint
+from lrcompile.deployment.exchanging import exchanging
 from lrcompile.deployment.swapping import Slots, swappable
 from lrcompile.errors import ExportError, require
 from lrcompile.state import state_of
-from lrcompile.verifying.manifest import Artefact, artefact, sha256
+from lrcompile.verifying.manifest import Artefact, artefact, manifest_of, sha256
 from lrcompile.wording import listed
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
-from lrcompile.writing import atomic_file, sync
 
 
 def export_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -45,13 +45,10 @@ def export_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | N
     target = path.with_name(file_name(path, name))
     files = {**described.data["adapters"]["files"], name: {**adapter.to_dict(), "file": target.name}}
     data = {**described.data, "adapters": {**described.data["adapters"], "files": files}}
-    with (
-        atomic_file(path.with_suffix(".manifest.json"), error=ExportError) as manifest,
-        atomic_file(target, error=ExportError) as written,
-    ):
-        write_adapter(written, interface.hashes[path.name], tensors)
-        manifest.write_bytes(encoded({**data, "sha256": {**interface.hashes, target.name: sha256(written)}}))
-        sync(manifest)
+    with exchanging(path) as exchange:
+        file = exchange.adapter(target.name)
+        write_adapter(file, interface.hashes[path.name], tensors)
+        exchange.commit({**data, "sha256": {**interface.hashes, target.name: sha256(file)}})
     return target
 
 
@@ -61,7 +58,7 @@ def _described(path: Path) -> Artefact:
         raise ExportError(f"there is no .onnx file {os.fspath(path)!r}")
     found = artefact(path)
     if not found.data:
-        name = path.with_suffix(".manifest.json").name
+        name = manifest_of(path).name
         raise ExportError(f"there is no {name} beside {path}: export the model again")
     if found.stale:
         raise ExportError(

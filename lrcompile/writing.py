@@ -26,6 +26,17 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[LrcompileError] = L
 
     The folder must exist. An `OSError` (unwritable, disk full) becomes `error`, naming `path` and the cause.
     """
+    with temporary_file(path, error=error) as temporary:
+        yield temporary
+        put(temporary, path, error=error)
+
+
+@contextmanager
+def temporary_file(path: str | os.PathLike[str], *, error: type[LrcompileError] = LrcompileError) -> Iterator[Path]:
+    """Yield an empty file beside `path`, of the same suffix, that vanishes afterwards unless it was `put` somewhere.
+
+    The folder must exist. An `OSError` becomes `error`, naming `path` and the cause.
+    """
     target = Path(os.path.realpath(path))
     temporary = beside(target)
     with _reporting(path, error):
@@ -35,13 +46,18 @@ def atomic_file(path: str | os.PathLike[str], *, error: type[LrcompileError] = L
             # created here, not by the body: an unwritable folder is found before the work, the mode follows the umask
             temporary.touch(exist_ok=False)
             yield temporary
-            if target.exists():
-                shutil.copymode(target, temporary)
-            sync(temporary)
-            os.replace(temporary, target)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
+
+
+def put(temporary: Path, path: str | os.PathLike[str], *, error: type[LrcompileError] = LrcompileError) -> None:
+    """Rename `temporary`, once it is on the disk, to `path`, with the mode of what was there."""
+    target = Path(os.path.realpath(path))
+    with _reporting(path, error):
+        if target.exists():
+            shutil.copymode(target, temporary)
+        sync(temporary)
+        os.replace(temporary, target)
         _sync_folder(target.parent)
 
 

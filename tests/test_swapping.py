@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -553,8 +549,7 @@ def test_a_failure_leaves_files_and_model_as_they_were(copied, monkeypatch, rais
     if place == "adapter":
         monkeypatch.setattr("lrcompile.interop.onnx_adapters.write_adapter", fail)
     else:
-        monkeypatch.setattr("lrcompile.exporting.encoded", fail)
-        monkeypatch.setattr("lrcompile.swapping.encoded", fail)
+        monkeypatch.setattr("lrcompile.deployment.exchanging.encoded", fail)
     error = KeyboardInterrupt if isinstance(raised, KeyboardInterrupt) else ExportError
     with pytest.raises(error):
         lrcompile.export(model, copied, X, adapters="inputs", opset=21)
@@ -563,61 +558,6 @@ def test_a_failure_leaves_files_and_model_as_they_were(copied, monkeypatch, rais
     assert {entry: entry.read_bytes() for entry in copied.parent.iterdir()} == files
     after = _bits(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[1]]
-import torch
-torch.set_num_threads(1)
-import test_swapping as test
-import lrcompile
-from pathlib import Path
-path, what = Path(sys.argv[2]), sys.argv[3]
-model = test._trio()
-with torch.no_grad():
-    model[3].lrcompile_adapters.weight["small"].B.mul_(-2)
-for moment in range(1, 7):
-    child = os.fork()
-    if child == 0:
-        replace, calls = os.replace, []
-        def killing(*args):
-            calls.append(args)
-            if len(calls) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*args)
-        os.replace = killing
-        if what == "export":
-            lrcompile.export(model, path, test.X, adapters="inputs", opset=21)
-        else:
-            lrcompile.export_adapter(model, path, "small")
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    try:
-        found = lrcompile.run(path).run(test.X, "small")["output"]
-    except (lrcompile.AdapterError, lrcompile.VerificationError) as error:
-        print("refused", flush=True)
-    else:
-        near = {name: float((found - y).abs().max()) < 1e-4 for name, y in
-                (("old", test._eager(test._trio(), "small")), ("new", test._eager(model, "small")))}
-        print(*[name for name in near if near[name]] or ["MIXED"], flush=True)
-    if status == 0:
-        break
-"""
-
-
-@pytest.mark.parametrize("what", ["export_adapter", pytest.param("export", marks=pytest.mark.slow)])
-def test_killed_at_any_rename_what_is_left_is_old_or_new_or_refused(copied, what):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(copied), what],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = done.stdout.split()
-    assert (found[0], found[-1]) == ("old", "new")
-    assert set(found[1:-1]) <= {"old", "refused"}
-    assert signal.SIGKILL == 9
 
 
 @pytest.mark.slow

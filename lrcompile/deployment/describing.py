@@ -18,7 +18,6 @@ from lrcompile.deployment.declaring import Declared
 from lrcompile.verifying.replay import unit_roundoff
 from lrcompile.verifying.verdict import Limits
 
-SCHEMA = 1
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx-ir", "transformers")
 _BOUND = 16.0
 _REASON = (

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from lrcompile.deployment.capture import leaf_names
+from lrcompile.deployment.exchanging import exchanging
 from lrcompile.errors import ExportError
 from lrcompile.passes.base import Program
 from lrcompile.verifying.manifest import sha256
-from lrcompile.writing import atomic_file
 
 # Weights at the end of the library, mapped when it is loaded: compiled into it, as is the default, they pass through
 # the assembler, which takes their size in memory once more.
 _CONFIG = {"aot_inductor.force_mmap_weights": True}
 
 
-def write(program: Program, path: Path, describe: Callable[[dict[str, str]], bytes]) -> None:
+def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     """Write `path` and its manifest. Unlike ONNX, a package is compiled from the weights: beside the model's own, those
     that are folded and all as they are written are in memory at once, three times their size in all.
 
     Raises ExportError when Inductor cannot compile the program (it needs a C++ compiler) or a file cannot be written.
     """
     program.compute()
-    with (
-        atomic_file(path.with_suffix(".manifest.json"), error=ExportError) as described,
-        atomic_file(path, error=ExportError) as temporary,
-    ):
+    with exchanging(path) as exchange:
+        temporary = exchange.model()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
@@ -45,7 +43,8 @@ def write(program: Program, path: Path, describe: Callable[[dict[str, str]], byt
             raise ExportError(
                 f"Inductor could not compile {path.name}: {error}\n.onnx is the other supported format"
             ) from error
-        described.write_bytes(describe({path.name: sha256(temporary)}))
+        manifest["sha256"] = {path.name: sha256(temporary)}
+        exchange.commit(manifest)
 
 
 def _free_views(module: torch.fx.GraphModule) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.errors import AdapterError, ExportError, require
-from lrcompile.verifying.manifest import sha256
+from lrcompile.verifying.manifest import sha256, waiting
 from lrcompile.wording import listed
 
 SUFFIX = ".onnx_adapter"
@@ -96,8 +96,8 @@ class Interface:
             inputs = {str(port["name"]): (str(port["dtype"]), _shape(port["shape"])) for port in said["inputs"]}
             files = {str(name): _entry(path, name, entry) for name, entry in said["files"].items()}
             unread = frozenset(map(str, said["unread"]))
-            if not (isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())):
-                raise TypeError("sha256 is no object of texts")
+            if not isinstance(hashes, dict) or not all(map(_is_digest, hashes.values())):
+                raise TypeError("sha256 is no object of hashes")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(f"the manifest of {path} does not describe its adapters: {error!r}") from error
         return cls(path, inputs, unread, files, hashes)
@@ -148,12 +148,21 @@ class Interface:
             chosen.values.update(values)
         return chosen
 
+    def _digest(self, name: str) -> str:
+        return self.hashes.get(str(self.files[name]["file"]), "")
+
+    def _place(self, name: str) -> Path:
+        """Its file; or, where an export was killed before it came there, the one that waits."""
+        place, digest = self.path.with_name(str(self.files[name]["file"])), self._digest(name)
+        wait = waiting(place, digest)
+        return wait if wait.is_file() and not (place.is_file() and sha256(place) == digest) else place
+
     def _opened(self, name: str) -> tuple[Any, dict[str, Any]]:
         ort = require("onnxruntime", "onnx")
-        path = self.path.with_name(str(self.files[name]["file"]))
+        path = self._place(name)
         if not path.is_file():
             raise AdapterError(f"the adapter {name!r} is missing: there is no file {path}")
-        if sha256(path) != self.hashes.get(path.name):
+        if sha256(path) != self._digest(name):
             raise AdapterError(
                 f"{path} is not the file that the manifest of {self.path.name} describes (its sha256 differs): it was"
                 " changed, or an export was interrupted. Export it again"
@@ -214,6 +223,10 @@ def _place(name: str) -> str:
         if f".{name}".endswith(ending):
             return f".{name}".removesuffix(ending).lstrip(".") or "the model"
     return name
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _shape(sizes: Any) -> tuple[int | str, ...]:

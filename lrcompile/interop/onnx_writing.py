@@ -1,16 +1,15 @@
 """Write an ONNX model: weights streamed to a data file beside it, and whoever looks sees the old model or the new one.
 
-The data file is named by its content, so it appears beside an old one without touching it; the rename of the model
-that refers to it is the one moment of change. The model is checked, and loaded by ONNX Runtime, before that moment.
+The data file is named by its content, so it appears beside an old one without touching it; the model that refers to it
+is exchanged by one rename. The model is checked, and loaded by ONNX Runtime, before that moment.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +17,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from lrcompile.deployment.exchanging import Exchange, exchanging
 from lrcompile.errors import ExportError, VerificationError
 from lrcompile.interop.onnx_safety import check
 from lrcompile.progress import shown
 from lrcompile.verifying.manifest import sha256
-from lrcompile.writing import atomic_file, beside, sync
+from lrcompile.writing import temporary_file
 
 EMBEDDED = 64 << 10
 """Bytes of weights that a model may hold itself; more go to the data file."""
@@ -34,37 +34,31 @@ def write(
     model: ir.Model,
     path: Path,
     session: Mapping[str, Any],
-    describe: Callable[[dict[str, str]], bytes],
-    companions: Mapping[str, Callable[[Path, str], None]] | None = None,
-) -> dict[str, str]:
-    """Write `path`, its data file and its manifest; returns the sha256 of each file by name. `model` is consumed.
+    manifest: dict[str, Any],
+    adapters: Mapping[str, Callable[[Path, str], None]] | None = None,
+) -> None:
+    """Write `path`, its data file, its adapters and its manifest, exchanged as one. `model` is consumed; `manifest`
+    gets the sha256 of each file by name.
 
-    `describe` makes the manifest from those hashes. `companions`: further files by name, each written to the path it
-    is given, with the sha256 of `path`; they are exchanged after the model and before the manifest, from which a reader
-    knows that a killed process left some of them old. Raises ExportError when something cannot be written or ONNX
-    Runtime refuses the model; then, as after Ctrl-C, the files are as before.
+    `adapters`: by file name, each written to the path it is given, with the sha256 of `path`. Raises ExportError when
+    something cannot be written or ONNX Runtime refuses the model; then, as after Ctrl-C, the files are as before.
     """
-    manifest = path.with_suffix(".manifest.json")
     external = [value for value in model.graph.initializers.values() if _goes_outside(value)]
     if sum(value.const_value.nbytes for value in external) <= EMBEDDED:  # type: ignore[union-attr, misc]
         external = []
-    with (
-        atomic_file(manifest, error=ExportError) as described,
-        _data_file(external, path) as hashes,
-        ExitStack() as others,
-        atomic_file(path, error=ExportError) as temporary,
-    ):
-        temporary.write_bytes(_serialized(model, path))
-        hashes[path.name] = sha256(temporary)
-        _try(temporary, session)
-        for name, fill in (companions or {}).items():
-            other = others.enter_context(atomic_file(path.with_name(name), error=ExportError))
-            fill(other, hashes[path.name])
-            hashes[name] = sha256(other)
-        described.write_bytes(describe(hashes))
-        sync(described)
+    with exchanging(path) as exchange:
+        hashes = _write_data(external, path, exchange)
+        new = exchange.model()
+        new.write_bytes(_serialized(model, path))
+        hashes[path.name] = sha256(new)
+        _try(new, session)
+        for name, fill in (adapters or {}).items():
+            file = exchange.adapter(name)
+            fill(file, hashes[path.name])
+            hashes[name] = sha256(file)
+        manifest["sha256"] = hashes
+        exchange.commit(manifest)
     _remove_stale(path, hashes)
-    return hashes
 
 
 def _goes_outside(value: ir.Value) -> bool:
@@ -72,40 +66,27 @@ def _goes_outside(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype != ir.DataType.STRING and int(tensor.nbytes) >= _SMALL
 
 
-@contextmanager
-def _data_file(values: list[ir.Value], path: Path) -> Iterator[dict[str, str]]:
-    """Stream the tensors into `<stem>.<hash>.data` and point the values at it; it goes again if the body fails."""
+def _write_data(values: list[ir.Value], path: Path, exchange: Exchange) -> dict[str, str]:
+    """Stream the tensors into `<stem>.<hash>.data` and point the values at it."""
     if not values:
-        yield {}
-        return
-    temporary = beside(path.with_suffix(".data"))
-    try:
-        with temporary.open("xb") as handle:
+        return {}
+    with temporary_file(path.with_suffix(".data"), error=ExportError) as temporary:
+        with temporary.open("wb") as handle:
             target = _Hashed(handle)
             places = [
                 (value, *target.append(value.const_value)) for value in shown(values, "writing weights", len(values))
             ]
-        sync(temporary)
         digest = target.digest.hexdigest()
         final = path.with_name(f"{path.stem}.{digest[:12]}.data")
-        existed = final.exists()
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    try:
-        for value, offset, length in places:
-            tensor = value.const_value
-            assert tensor is not None  # `_goes_outside` chose those that have one
-            value.const_value = ir.ExternalTensor(
-                final.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name),
-                base_dir=path.parent,
-            )  # fmt: skip
-        yield {final.name: digest}
-    except BaseException:
-        if not existed:
-            final.unlink(missing_ok=True)
-        raise
+        exchange.add(temporary, final)
+    for value, offset, length in places:
+        tensor = value.const_value
+        assert tensor is not None  # `_goes_outside` chose those that have one
+        value.const_value = ir.ExternalTensor(
+            final.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name),
+            base_dir=path.parent,
+        )  # fmt: skip
+    return {final.name: digest}
 
 
 class _Hashed:

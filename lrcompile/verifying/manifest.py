@@ -1,5 +1,5 @@
 """The manifest beside an artefact of ours (`model.manifest.json` beside `model.onnx`): its limits, session settings
-and hashes.
+and hashes; and, of an export that was killed, which of two manifests holds (`deployment/exchanging.py` writes them).
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.strictjson import read_object
 from lrcompile.verifying.verdict import Limits
+
+SCHEMA = 1
+REPLACES = "replaces"
+"""The key under which a manifest holds the one it replaces, as long as the model is not exchanged."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def artefact(candidate: Any) -> Artefact:
     """The manifest of a candidate, empty if it is no file or has none."""
     if not isinstance(candidate, str | os.PathLike):
         return NONE
-    manifest, data = Path(candidate).with_suffix(".manifest.json"), described(candidate)
+    manifest, data = manifest_of(candidate), described(candidate)
     if not data:
         return NONE
     session, hashes = data.get("session", {}), data.get("sha256", {})
@@ -58,7 +62,10 @@ def artefact(candidate: Any) -> Artefact:
     if not isinstance(generation, dict | None) or not isinstance(inputs, list):
         raise VerificationError(f"{manifest}: generation must be an object and inputs a list")
     ports = tuple(_port(manifest, entry) for entry in inputs)
-    return Artefact(limits, session, tuple(_stale(manifest, own)), generation, ports, data)
+    stale = _stale(manifest, own)
+    if own and Path(candidate).name not in own:
+        stale.append(f"{manifest.name} describes {', '.join(own)}, not {Path(candidate).name}")
+    return Artefact(limits, session, tuple(stale), generation, ports, data)
 
 
 def _port(manifest: Path, entry: Any) -> Port:
@@ -71,10 +78,41 @@ def _port(manifest: Path, entry: Any) -> Port:
     return port
 
 
+def manifest_of(path: str | os.PathLike[str]) -> Path:
+    """`m.manifest.json` of m.onnx, `m.pt2.manifest.json` of m.pt2: one folder may hold both."""
+    path = Path(path)
+    return path.with_suffix(".manifest.json" if path.suffix == ".onnx" else f"{path.suffix}.manifest.json")
+
+
 def described(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest beside `path` as it stands; empty if there is none."""
-    manifest = Path(path).with_suffix(".manifest.json")
-    return read_object(manifest, schema=1) if manifest.is_file() else {}
+    """What the manifest beside `path` says of it as it stands; empty if there is none."""
+    return both_described(path)[0]
+
+
+def both_described(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest that holds, and another one: after an interrupted export there is the one that was to be replaced
+    too, and it holds if the model is still the old one.
+    """
+    path, manifest = Path(path), manifest_of(path)
+    data = read_object(manifest, schema=SCHEMA) if manifest.is_file() else {}
+    replaced = data.pop(REPLACES, {})
+    if not isinstance(replaced, dict) or replaced.get("schema", SCHEMA) != SCHEMA:
+        raise VerificationError(f"{manifest}: what it replaces is no manifest of schema {SCHEMA}")
+    if replaced and path.is_file():
+        found = sha256(path)
+        if found != _listed(data, path.name) and found == _listed(replaced, path.name):
+            return replaced, data
+    return data, replaced
+
+
+def _listed(data: dict[str, Any], name: str) -> Any:
+    hashes = data.get("sha256")
+    return hashes.get(name) if isinstance(hashes, dict) else None
+
+
+def waiting(path: Path, digest: str) -> Path:
+    """Where a file with this sha256 waits until it is put at `path`: a hidden name beside it that its content gives."""
+    return path.with_name(f".{path.stem}.{digest[:12]}{path.suffix}")
 
 
 def _stale(manifest: Path, hashes: dict[str, Any]) -> list[str]:
