@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 
 from lrcompile import dialect as dialect  # these register torch.ops.lrcompile
@@ -94,7 +95,8 @@ def adapter_target(factor: Any, tensors: Tensors) -> str | None:
 def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """A new node at the graph's insertion point, with the fake value of its result."""
     node = graph.call_function(target, args)
-    node.meta = {"val": target(*(each.meta["val"] if isinstance(each, fx.Node) else each for each in args))}
+    with enable_python_dispatcher():  # torch 2.11's own matmul does not take sizes that vary
+        node.meta = {"val": target(*(each.meta["val"] if isinstance(each, fx.Node) else each for each in args))}
     return node
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from lrcompile.dialect import LIBRARY
 from lrcompile.dialect.plain import plain
 
+_EPS = 2.0**-16
+"""Some versions of torch refuse 0; 1 − ε and (1 − ε) + ε = 1 are exact in every dtype of a gain."""
+
 LIBRARY.define("gain(Tensor y, Tensor g, Tensor? kept=None) -> Tensor")
 LIBRARY.define("input_gain(Tensor x, Tensor g) -> Tensor")
 
@@ -39,7 +42,8 @@ def _normalized(y: Tensor, g: Tensor, kept: Tensor | None) -> Tensor:
     """
     g = g.to(torch.promote_types(y.dtype, torch.float32))
     c = g.new_zeros(g.shape) if kept is None else kept.to(g.dtype)
-    return F.batch_norm(y.reshape(-1, y.shape[-1]), c, g.new_ones(g.shape), g, c, eps=0.0).view(y.shape)
+    variance = torch.full_like(g, 1 - _EPS)
+    return F.batch_norm(y.reshape(-1, y.shape[-1]), c, variance, g, c, eps=_EPS).view(y.shape)
 
 
 @torch.library.impl(LIBRARY, "input_gain", "CompositeImplicitAutograd")
