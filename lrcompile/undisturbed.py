@@ -9,8 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from lrcompile.integers.modules import is_integers
-from lrcompile.nf4.modules import is_nf4
+from lrcompile.coded import is_coded
 
 
 @contextmanager
@@ -23,7 +22,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     # codes are as large as the model and nothing writes them
     buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
-               if not (is_nf4(module) or is_integers(module))
+               if not is_coded(module)
                for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         if seed is not None:

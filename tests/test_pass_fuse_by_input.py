@@ -53,7 +53,7 @@ def as_integers(model: Any) -> Any:
     for name in ("q", "k", "v", "gate", "up"):
         layer = model.get_submodule(name)
         held = quantize_integers(layer.weight, 8, 64)
-        attach_integers(layer, held, IntegerLayout(layer.in_features, 8, 64, False, torch.float32))
+        attach_integers(layer, held, IntegerLayout(*layer.weight.shape, False, 64, torch.float32, 8))
     return model
 
 

@@ -32,8 +32,8 @@ def _mlp(dtype: torch.dtype = torch.float32) -> Any:
     model: Any = nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, OUT, bias=False)).to(dtype)
     for index, bits, block in ((0, 8, 64), (2, 4, 32)):
         held = quantize_integers(model[index].weight, bits, block)
-        inside = model[index].in_features
-        attach_integers(model[index], held, IntegerLayout(inside, bits, block, False, dtype))
+        out, inside = model[index].weight.shape
+        attach_integers(model[index], held, IntegerLayout(out, inside, False, block, dtype, bits))
     return model.eval()
 
 

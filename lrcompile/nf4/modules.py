@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import lrcompile.coded as coded
 import lrcompile.dialect.nf4  # noqa: F401  (registers the op)
-from lrcompile.hosting import Host, stack, stacked
+from lrcompile.coded import CodedLinear, attach_coded, coded_layout, detach_coded
 from lrcompile.kernels.nf4_dequant import Nf4, dequantize_nf4
-
-BUFFERS = tuple(f"weight_{field}" for field in Nf4._fields)
-_LAYOUT = "_lrcompile_nf4"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the codes do not say of their weight."""
+class Layout(coded.Layout):
+    """The codes are of the weight as it was stored, transposed or not."""
 
-    out_features: int
-    in_features: int
-    transposed: bool
-    """Stored as `[in, out]`."""
-    block_size: int
-    dtype: torch.dtype
-    """The dtype the weight answers in: its own before, and what a cast of the module made of that since."""
     compute_dtype: torch.dtype | None
     """None: `dtype`."""
 
@@ -36,15 +25,10 @@ class Layout:
         return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
 
 
-class Nf4Linear(Host):
-    """y = x·dq(W)ᵀ + b, W as codes in buffers that only ever move between devices: a cast would destroy the block
-    maxima.
+class Nf4Linear(CodedLinear):
+    """W = dq(codes), the product formed in the layout's compute dtype."""
 
-    `.weight` dequantizes at each read, for parents that look at it; it is a computed value, so writing to it changes
-    nothing.
-    """
-
-    bias: Tensor | None
+    PARTS = tuple(f"weight_{field}" for field in Nf4._fields)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
@@ -59,45 +43,10 @@ class Nf4Linear(Host):
         layout = layout_of(self)
         return dequantize_nf4(codes_of(self), layout.shape, layout.block_size, layout.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        buffers: dict[str, Tensor | None] = self._buffers  # type: ignore[attr-defined]
-        held = {name: buffers.pop(name) for name in BUFFERS}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[misc]
-            moved = {name: tensor if tensor is None else _moved(tensor, fn) for name, tensor in held.items()}
-            dtype = fn(torch.empty(0, dtype=layout_of(self).dtype, device=held[BUFFERS[0]].device)).dtype  # type: ignore[union-attr]
-        except BaseException:
-            buffers.update(held)
-            raise
-        buffers.update(moved)
-        self.__dict__[_LAYOUT] = replace(layout_of(self), dtype=dtype)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Copying would cast: maxima of one storage form must not land in buffers of the other."""
-        errors: list[str] = rest[-1]
-        for name in BUFFERS:
-            here, there = self._buffers[name], state_dict.get(prefix + name)  # type: ignore[attr-defined]
-            if here is not None and there is not None and here.dtype != there.dtype:
-                errors.append(f"{prefix}{name} is {there.dtype}, expected {here.dtype} (double_quant differs?)")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
-
-    def extra_repr(self) -> str:
-        layout = layout_of(self)
+    def form(self) -> str:
+        layout, double = layout_of(self), codes_of(self).absmax_scale is not None
         compute = "" if layout.compute_dtype is None else f", compute_dtype={layout.compute_dtype}"
-        return (
-            f"in_features={layout.in_features}, out_features={layout.out_features}, bias={self.bias is not None}, "
-            f"nf4(block_size={layout.block_size}, double_quant={self._buffers[BUFFERS[2]] is not None}{compute})"  # type: ignore[attr-defined]
-        )
-
-    __repr__ = nn.Module.__repr__
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `fn` makes of `tensor`, but for a change of dtype, which cannot be undone by casting back."""
-    result = fn(tensor)
-    return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        return f"nf4(block_size={layout.block_size}, double_quant={double}{compute})"
 
 
 def is_nf4(module: nn.Module) -> bool:
@@ -105,11 +54,11 @@ def is_nf4(module: nn.Module) -> bool:
 
 
 def layout_of(module: nn.Module | Nf4Linear) -> Layout:
-    return module.__dict__[_LAYOUT]
+    return coded_layout(module)
 
 
 def codes_of(module: nn.Module | Nf4Linear) -> Nf4:
-    return Nf4(*(getattr(module, name) for name in BUFFERS))
+    return Nf4(*(getattr(module, name) for name in Nf4Linear.PARTS))
 
 
 def nf4_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,28 +70,19 @@ def nf4_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def replace_codes(module: nn.Module, nf4: Nf4) -> None:
     """Other codes for the same layout, stored in the same form."""
-    for name, tensor in zip(BUFFERS, nf4, strict=True):
+    for name, tensor in zip(Nf4Linear.PARTS, nf4, strict=True):
         held: Tensor | None = module._buffers[name]
         assert (held is None) == (tensor is None)
         module._buffers[name] = tensor if held is None or tensor is None else tensor.to(held.device)
 
 
 def attach(module: nn.Module, nf4: Nf4, layout: Layout) -> None:
-    """Put `nf4` in the place of `module.weight`, beneath whatever else its class was swapped for."""
-    del module._parameters["weight"]
-    mixins, original = stack(type(module))
-    module.__class__ = stacked([*mixins, Nf4Linear], original)
-    module.__dict__[_LAYOUT] = layout
-    for name, tensor in zip(BUFFERS, nf4, strict=True):
-        module.register_buffer(name, tensor)
+    """Put `nf4` in the place of `module.weight`."""
+    attach_coded(module, Nf4Linear, nf4, layout)
 
 
 def detach(module: nn.Module, weight: nn.Parameter) -> tuple[Nf4, Layout]:
     """Undo `attach`, `weight` being stored as `layout.shape` says; returns what `attach` takes."""
-    nf4, layout = codes_of(module), module.__dict__.pop(_LAYOUT)
-    mixins, original = stack(type(module))
-    for name in BUFFERS:
-        del module._buffers[name]
-    module.__class__ = stacked([mixin for mixin in mixins if mixin is not Nf4Linear], original)
-    module.weight = weight
-    return nf4, layout
+    held = codes_of(module), layout_of(module)
+    detach_coded(module, weight)
+    return held
