@@ -11,47 +11,26 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxscript
 import torch
-from onnx.defs import OpSchema
 from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 
 from lrcompile.dialect import nf4 as nf4  # registers torch.ops.lrcompile.nf4_linear
+from lrcompile.interop.onnx_coded import KERNEL_BLOCKS, affine, constant, operator
 from lrcompile.kernels.nf4_dequant import CODEBOOK, Nf4, decode_absmax
 from lrcompile.passes.tensors import Tensors
 
 NF4_LINEAR = torch.ops.lrcompile.nf4_linear.default
-_KERNEL_BLOCKS = (16, 32, 64, 128, 256)  # others load, and fail when the session runs
 _KERNEL_ELEMENTS = 2**31  # the kernel counts elements in int32
 _NF4 = 1
 
-_FLOAT, _BYTES = "T1", "T2"
-_SCHEMA = OpSchema(
-    "MatMulBnb4",
-    "com.microsoft",
-    1,
-    inputs=[
-        OpSchema.FormalParameter("A", _FLOAT),
-        OpSchema.FormalParameter("B", _BYTES),
-        OpSchema.FormalParameter("absmax", _FLOAT),
-    ],
-    outputs=[OpSchema.FormalParameter("Y", _FLOAT)],
-    type_constraints=[(_FLOAT, ["tensor(float)"], ""), (_BYTES, ["tensor(uint8)"], "")],
-    attributes=[
-        OpSchema.Attribute(name, OpSchema.AttrType.INT, required=True)
-        for name in ("K", "N", "block_size", "quant_type", "transB")
-    ],
-)
-_matmul_bnb4 = onnxscript.values.Op(onnxscript.values.Opset("com.microsoft", 1), "MatMulBnb4", _SCHEMA)
+_matmul_bnb4 = operator("MatMulBnb4", "absmax", "quant_type", "transB")
 
 
 def has_kernel(out_features: int, in_features: int, block_size: int, transposed: bool) -> bool:
     """transposed storage has none: the kernel's transB=0 computes x·Wᵀ all the same."""
-    return not transposed and block_size in _KERNEL_BLOCKS and out_features * in_features < _KERNEL_ELEMENTS
+    return not transposed and block_size in KERNEL_BLOCKS and out_features * in_features < _KERNEL_ELEMENTS
 
 
 def expand_absmax(program: ExportedProgram) -> list[str]:
@@ -99,42 +78,36 @@ def _translated(
     x: Any, codes: Any, absmax: Any, bias: Any, out_features: int, in_features: int, block_size: int, transposed: bool,
     compute_dtype: int, by_kernel: bool,
 ) -> Any:  # fmt: skip
-    outside = x.dtype
     double = compute_dtype == ir.DataType.DOUBLE
     compute = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
-    given = x if outside == compute else op.Cast(x, to=compute)
-    if by_kernel and not double:
-        y = _matmul_bnb4(
-            given, codes, absmax, K=in_features, N=out_features, block_size=block_size, quant_type=_NF4, transB=1
-        )
-    else:
+
+    def product(given: Any) -> Any:
+        if by_kernel and not double:
+            return _matmul_bnb4(
+                given, codes, absmax, K=in_features, N=out_features, block_size=block_size, quant_type=_NF4, transB=1
+            )
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         weight = _dequantized(codes, absmax, shape, block_size, compute)
-        y = op.MatMul(given, weight if transposed else op.Transpose(weight, perm=[1, 0]))
-    if bias is not None:
-        y = op.Add(y, bias if bias.dtype == compute else op.Cast(bias, to=compute))
-    return y if outside == compute else op.Cast(y, to=outside)
+        return op.MatMul(given, weight if transposed else op.Transpose(weight, perm=[1, 0]))
+
+    return affine(x, bias, compute, product)
 
 
 def _dequantized(codes: Any, absmax: Any, shape: tuple[int, int], block_size: int, compute: ir.DataType) -> Any:
     # Any: onnxscript types a result as any tensor at all, and an argument as the few it may be
     n = math.prod(shape)
-    pairs = _constant([(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)], compute.numpy())
+    pairs = constant([(CODEBOOK[byte >> 4], CODEBOOK[byte & 15]) for byte in range(256)], compute.numpy())
     index: Any = op.Cast(codes, to=ir.DataType.INT32)
-    flat: Any = op.Reshape(op.Gather(pairs, index, axis=0), _constant([-1]))
+    flat: Any = op.Reshape(op.Gather(pairs, index, axis=0), constant([-1]))
     maxima: Any = op.Cast(absmax, to=compute)
-    peaks: Any = op.Unsqueeze(maxima, _constant([1]))
+    peaks: Any = op.Unsqueeze(maxima, constant([1]))
     if n % block_size == 0:
-        weight: Any = op.Mul(op.Reshape(flat, _constant([-1, block_size])), peaks)
+        weight: Any = op.Mul(op.Reshape(flat, constant([-1, block_size])), peaks)
     else:
-        spread: Any = op.Expand(peaks, _constant([-(-n // block_size), block_size]))
-        weight = op.Mul(_first(flat, n), _first(op.Reshape(spread, _constant([-1])), n))
-    return op.Reshape(weight, _constant(list(shape)))
+        spread: Any = op.Expand(peaks, constant([-(-n // block_size), block_size]))
+        weight = op.Mul(_first(flat, n), _first(op.Reshape(spread, constant([-1])), n))
+    return op.Reshape(weight, constant(list(shape)))
 
 
 def _first(values: Any, n: int) -> Any:
-    return op.Slice(values, _constant([0]), _constant([n]))
-
-
-def _constant(values: Any, dtype: Any = np.int64) -> Any:
-    return op.Constant(value=onnx.numpy_helper.from_array(np.array(values, dtype)))
+    return op.Slice(values, constant([0]), constant([n]))
