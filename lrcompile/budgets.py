@@ -15,6 +15,7 @@ from typing import Any
 
 from lrcompile.errors import SpecError
 from lrcompile.tables import render
+from lrcompile.wording import sized
 
 FLOAT, INT8, INT4, NF4 = "float", "int8", "int4", "nf4"
 KINDS = ("bytes", "share", "error")
@@ -30,7 +31,7 @@ class Choice:
     bytes: int
     float_bytes: int
     error: float
-    """‖X·(Ŵ − W)ᵀ‖/‖X·Wᵀ‖ on the calibration data."""
+    """‖X·(Ŵ − W)ᵀ‖/‖X·Wᵀ‖ on the calibration data; of X̂·Ŵᵀ − X·Wᵀ where integer inputs are counted."""
     moves: float
     """‖y' − y‖/‖y‖ of the model's outputs that is expected of this map alone."""
     moves_as_nf4: float
@@ -45,9 +46,13 @@ class Allocation:
     budget: Mapping[str, float]
     choices: tuple[Choice, ...]
     predicted: float
-    """‖y' − y‖/‖y‖ expected of all of them together."""
+    """‖y' − y‖/‖y‖ expected of all of them together, inputs rounded or not as `integer_inputs` says."""
     measured: float
-    """The same, of the quantized model on the calibration data."""
+    """The same, of the quantized model on the calibration data: what it and its exact exports compute."""
+    measured_integer_inputs: float
+    """The same, as export(nf4_form="int8") ships it: inputs of the stored maps rounded to 8 bits, NF4 levels too."""
+    integer_inputs: bool = False
+    """Which of the two the budget and the choice are about."""
 
     @property
     def bytes(self) -> int:
@@ -62,23 +67,41 @@ class Allocation:
 
     def __str__(self) -> str:
         rows = [
-            (c.name, c.form, f"{c.bytes / 1024:.1f} KiB", f"{c.error:.2e}", f"{c.moves:.2e}", f"{c.moves_as_nf4:.2e}",
+            (c.name, c.form, sized(c.bytes), f"{c.error:.2e}", f"{c.moves:.2e}", f"{c.moves_as_nf4:.2e}",
              c.reason)
             for c in self.choices
         ]  # fmt: skip
         ((kind, limit),) = self.budget.items()
         title = (
-            f"{self.bytes / 2**20:.2f} MiB of {self.float_bytes / 2**20:.2f} MiB ({self.bytes / self.float_bytes:.1%}),"
-            f" outputs moved by {self.measured:.2e} on the calibration data, {self.predicted:.2e} expected;"
-            f" budget: {kind} {limit:g}"
+            f"budget: {kind} {limit:g}; {sized(self.bytes)} of {sized(self.float_bytes)}"
+            f" ({self.bytes / self.float_bytes:.1%})"
+        )
+        counted = ("", " (counted)") if self.integer_inputs else (" (counted)", "")
+        notes = (
+            f"outputs moved on the calibration data: {self.measured:.2e} by the weights{counted[0]},"
+            f' {self.measured_integer_inputs:.2e} as nf4_form="int8" ships it, inputs rounded to 8 bits{counted[1]};'
+            f" {self.predicted:.2e} was expected",
+            "its error: of the map's own outputs; moves outputs: the model's, by this map alone, as it is and as NF4",
         )
         columns = ("map", "stored as", "size", "its error", "moves outputs", "as NF4", "why")
-        return render(columns, rows, title=title)
+        return render(columns, rows, title=title, notes=notes)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The form of each map, and what all of them together do to the outputs on the data, as ‖y' − y‖/‖y‖."""
+
+    forms: dict[str, str]
+    options: dict[str, Options]
+    measured: float
+    """With inputs as they come."""
+    measured_integer_inputs: float
+    """As export(nf4_form="int8") ships it."""
 
 
 @dataclass
 class Options:
-    """The forms one map may take, smallest first: bytes, own error and r of each."""
+    """The forms one map may take: bytes of each; own error and r of these and of NF4, which is what was measured."""
 
     bytes: dict[str, int]
     error: dict[str, float]
@@ -161,14 +184,13 @@ def _choice(name: str, form: str, given: Options) -> Choice:
     moves = {each: given.r[each] ** 0.5 for each in given.r}
     if smaller:
         saved = given.bytes[form] - given.bytes[smaller[-1]]
-        reason = f"{smaller[-1]} would save {saved / 1024:.1f} KiB and move outputs by {moves[smaller[-1]]:.1e}"
+        reason = f"{smaller[-1]} would save {sized(saved)} and move outputs by {moves[smaller[-1]]:.1e}"
     else:
         reason = f"the smallest form, {given.bytes[form] / given.bytes[FLOAT]:.0%} of float"
     return Choice(name, form, given.bytes[form], given.bytes[FLOAT], given.error[form], moves[form], moves[NF4], reason)
 
 
-def described(
-    budget: Mapping[str, float], forms: Mapping[str, str], options: Mapping[str, Options], measured: float
-) -> Allocation:
-    choices = tuple(_choice(name, form, options[name]) for name, form in forms.items())
-    return Allocation(dict(budget), choices, sum(choice.moves**2 for choice in choices) ** 0.5, measured)
+def described(budget: Mapping[str, float], chosen: Chosen, integer_inputs: bool) -> Allocation:
+    choices = tuple(_choice(name, form, chosen.options[name]) for name, form in chosen.forms.items())
+    predicted = sum(choice.moves**2 for choice in choices) ** 0.5
+    return Allocation(dict(budget), choices, predicted, chosen.measured, chosen.measured_integer_inputs, integer_inputs)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lrcompile.allocating import choose, integers_as
+from lrcompile.allocating import Storing, choose, integers_as
 from lrcompile.budgets import INT4, INT8, NF4, Allocation, checked_budget, described
 from lrcompile.errors import AdapterError, MergeError, SpecError, TargetError
 from lrcompile.integers.modules import attach_integers
@@ -48,6 +48,9 @@ class Quantization:
     allocation: Allocation | None = None
     """With a budget: what each map got, integers and float included, and why; prints as a table."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"allocation": None if self.allocation is None else self.allocation.to_dict()}
+
 
 def quantize(
     model: nn.Module,
@@ -61,6 +64,7 @@ def quantize(
     keep_base: str | None = None,
     budget: Mapping[str, float] | None = None,
     data: Iterable[Any] | None = None,
+    integer_inputs: bool = False,
 ) -> nn.Module:
     """W ≈ c[q]·m in each targeted linear map: 4 bits an element and one maximum a block, codes as bitsandbytes' NF4.
 
@@ -79,8 +83,12 @@ def quantize(
     With `budget`, one of `{"bytes": N}`, `{"share": 0.3}` (of what the targeted weights take now) and `{"error": 0.02}`
     (‖y' − y‖/‖y‖ of the model's outputs), each map is stored as float, int8, int4 (in blocks of a row, as ONNX Runtime
     multiplies them) or NF4, by what that costs the outputs on `data`, an iterable of batches as for `apply`; the model
-    is run on them once for each map. `quantization_of(model).allocation` is the table of what each got and why. Such a
-    model is for deployment: integers take no adapter and cannot be undone.
+    is run on them once for each map, and an error budget is kept by what is measured of all maps together.
+    `quantization_of(model).allocation` is the table of what each got and why. That error is of this model, of its
+    `.pt2` and its `.onnx`; `export(nf4_form="int8")`, which multiplies faster, rounds the inputs of these maps to 8
+    bits as well, and stores NF4 as int8. The table says what that comes to too; with `integer_inputs=True` the budget
+    and the choice, which then leaves NF4 out, are about it. Such a model is for deployment: integers take no adapter
+    and cannot be undone.
 
     Raises `SpecError` for an option, `TargetError` for a target, `AdapterError` for a model that is wrapped, adapted or
     merged; the model is then as it was.
@@ -97,9 +105,16 @@ def quantize(
             " (model(**batch)) or a tuple (model(*batch)); keep_base= does not go with it",
             field="data" if data is None else "keep_base",
         )
+    if not isinstance(integer_inputs, bool) or (integer_inputs and limit is None):
+        raise SpecError(
+            f"integer_inputs is {integer_inputs!r}; True or False, and True says what a budget= counts",
+            field="integer_inputs",
+        )
     if limit is not None and data is not None:
         modules, spared = chosen(model, targets, exclude or ())
-        return _within_budget(model, modules, spared, limit, data, block_size, double_quant, compute)
+        return _within_budget(
+            model, modules, spared, limit, data, Storing(block_size, double_quant, integer_inputs), compute
+        )
     with taken_over(model) as names:
         modules, spared = ({}, {}) if names and targets == ALL_LINEAR else chosen(model, targets, exclude or ())
         stored = [
@@ -124,17 +139,16 @@ def _within_budget(
     spared: dict[str, str],
     budget: Mapping[str, float],
     data: Iterable[Any],
-    block_size: int,
-    double_quant: bool,
+    storing: Storing,
     compute: torch.dtype | None,
 ) -> nn.Module:
     refuse_meta(model, "quantize within a budget", AdapterError)
     for name, module in modules.items():
         if not torch.isfinite(module._parameters["weight"]).all():  # type: ignore[arg-type]
             raise TargetError(f"{name or 'the model'}: its weight holds values that are not finite; repair it")
-    forms, watched, options = choose(model, modules, data, budget, block_size, double_quant)
-    moved = watched.moved_by({modules[name]: form for name, form in forms.items()}, block_size, double_quant)
-    allocation = described(budget, forms, options, moved**0.5)
+    found = choose(model, modules, data, budget, storing)
+    allocation, forms = described(budget, found, storing.integer_inputs), found.forms
+    block_size, double_quant = storing.block_size, storing.double_quant
     as_codes = {
         name: _stored(name, modules[name], block_size, double_quant, compute)
         for name, form in forms.items() if form == NF4

@@ -42,7 +42,7 @@ def watch(
         set_mode(model, False)
         for given in taken(data, most, label):
             batch = fitted(model, given, seen)
-            looking.kept = _kept_tokens(batch, ignored_label)
+            looking.kept = kept_tokens(batch, ignored_label)
             run(model, batch, seen)
             seen += 1
             if settled():
@@ -123,7 +123,7 @@ class _Looking:
         return wide.reshape(-1, x.shape[-1])[kept.reshape(-1).to(x.device)]
 
 
-def _kept_tokens(batch: Batch, ignored_label: int | None) -> Tensor | None:
+def kept_tokens(batch: Batch, ignored_label: int | None = None) -> Tensor | None:
     """Which tokens of the batch count `[batch, length]`; None where it does not say."""
     if not isinstance(batch, dict):
         return None

@@ -15,7 +15,7 @@ from zoo import language
 
 import lrcompile
 from lrcompile.budgets import FLOAT, INT4, INT8, NF4, Options, within_bytes, within_error
-from lrcompile.integers.modules import is_integers
+from lrcompile.integers.modules import integer_layout_of, is_integers
 from lrcompile.quantizing import is_nf4, quantization_of
 
 
@@ -36,9 +36,7 @@ def uneven() -> tuple[Any, list[Any]]:
 
 
 def form_of(module: nn.Module) -> str:
-    return (
-        NF4 if is_nf4(module) else f"int{module.__dict__['_lrcompile_integers'].bits}" if is_integers(module) else FLOAT
-    )
+    return NF4 if is_nf4(module) else f"int{integer_layout_of(module).bits}" if is_integers(module) else FLOAT
 
 
 def table(model: nn.Module) -> Any:
