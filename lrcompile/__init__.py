@@ -30,6 +30,8 @@ _HOME = {
     "to_lora": "converting",
     "Conversion": "converting",
     "quantize": "quantizing",
+    "save_quantized": "quantized_folders",
+    "load_quantized": "quantized_folders",
     "save": "checkpoints",
     "load": "checkpoints",
     "export": "exporting",
@@ -44,6 +46,7 @@ _HOME = {
     "SpecError": "errors",
     "TargetError": "errors",
     "AdapterError": "errors",
+    "ModelError": "errors",
     "MergeError": "errors",
     "ExportError": "errors",
     "VerificationError": "errors",
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from lrcompile.errors import LrcompileError as LrcompileError
     from lrcompile.errors import MergeError as MergeError
     from lrcompile.errors import MissingDependencyError as MissingDependencyError
+    from lrcompile.errors import ModelError as ModelError
     from lrcompile.errors import SpecError as SpecError
     from lrcompile.errors import TargetError as TargetError
     from lrcompile.errors import VerificationError as VerificationError
@@ -96,6 +100,8 @@ if TYPE_CHECKING:
     from lrcompile.merging import unmerge as unmerge
     from lrcompile.optim import LoraRite as LoraRite
     from lrcompile.optim import optimizer as optimizer
+    from lrcompile.quantized_folders import load_quantized as load_quantized
+    from lrcompile.quantized_folders import save_quantized as save_quantized
     from lrcompile.quantizing import quantize as quantize
     from lrcompile.recipes import methods as methods
     from lrcompile.reporting import Report as Report

@@ -171,19 +171,34 @@ def _merge(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("--limit", type=float, metavar="SHARE",
                        help="the most rounding may take of an update, of 1 (default 0.5)")  # fmt: skip
     _input_options(merge)
+    _calibration_options(merge)
 
 
 def _quantize(commands: argparse._SubParsersAction) -> None:
     quantize = _add(
         commands, "quantize", "commands:quantize",
-        "Store a model's linear maps as NF4 codes; export, verify and merge read the folder again.",
-        "  lrcompile quantize merged --out merged-nf4 --exclude head",
+        "Store a model's linear maps as NF4 codes, or within a budget each as float, int8, int4 or NF4.\n\n"
+        "export, verify, merge and golden read the folder again. A budget is spent where the outputs on your data\n"
+        "gain most, and the table says what each map got and why; integers take no adapter any more.",
+        "  lrcompile quantize merged --out merged-nf4 --exclude head\n"
+        "  lrcompile quantize merged --out small --budget share=0.2 --data texts.jsonl\n"
+        "  lrcompile quantize merged --out fast --budget error=2% --integer-inputs --data texts.txt --json why.json\n"
+        "  lrcompile export fast fast.onnx --nf4-form int8",
     )  # fmt: skip
     quantize.add_argument("model", metavar="MODEL", help=_MODEL)
     quantize.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     quantize.add_argument("--block-size", type=int, default=64, metavar="N")
     quantize.add_argument("--no-double-quant", action="store_true", help="keep the blocks' maxima in float32")
     quantize.add_argument("--exclude", metavar="NAMES", help="names with commas, or re:EXPRESSION")
+    quantize.add_argument("--budget", metavar="KIND=LIMIT",
+                          help="share=0.2 of what these weights take now, bytes=25MiB of them, or error=0.02, what the"
+                               " model's outputs may move by, of their own size")  # fmt: skip
+    quantize.add_argument("--integer-inputs", action="store_true",
+                          help="the budget is about export --nf4-form int8, which rounds inputs to 8 bits, and stores"
+                               " nothing as NF4")  # fmt: skip
+    _input_options(quantize)
+    _calibration_options(quantize)
+    _json_option(quantize)
 
 
 def _export(commands: argparse._SubParsersAction) -> None:
@@ -247,11 +262,15 @@ def _verify(commands: argparse._SubParsersAction) -> None:
     _input_options(verify)
 
 
-def _report_options(parser: argparse.ArgumentParser) -> None:
+def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
         help="write the numbers as JSON; last and without FILE: print them so",
     )  # fmt: skip
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _json_option(parser)
     parser.add_argument("--html", metavar="FILE", help="write a page with tables and pictures; one file, no network")
 
 
@@ -260,6 +279,14 @@ def _input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="an input text for the model's tokenizer; repeat it"
     )
+
+
+def _calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="FILE",
+        help="texts to measure on: .txt, a text a line, or .jsonl or .csv with a column text; or stdlib-docstrings",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="of --data, at most N (default 128)")
 
 
 def _golden(commands: argparse._SubParsersAction) -> None:

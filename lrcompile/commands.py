@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 import lrcompile
-from lrcompile.demo.opening import open_model, outline
+from lrcompile.budgets import KINDS, checked_budget
+from lrcompile.demo.opening import Opened, open_model, outline
 from lrcompile.demo.sources import quiet
 from lrcompile.errors import LrcompileError, SpecError
 from lrcompile.sides import adapted, compare, open_side, shared_inputs
@@ -35,7 +36,7 @@ def merge(given: Namespace) -> int:
     quiet()
     refuse_used(given.out)
     opened = adapted(given.model, given.adapter)
-    calibration = [opened.inputs(given.inputs, given.text)] if given.inputs or given.text else None
+    calibration = _calibration(opened, given)
     limit = {} if given.limit is None else {"limit": given.limit}
     report = lrcompile.merge(
         opened.model, into=given.into, optimise=given.optimise, data=calibration, final=True, **limit
@@ -52,18 +53,44 @@ def quantize(given: Namespace) -> int:
 
     quiet()
     refuse_used(given.out)
+    limit = None if given.budget is None else budget(given.budget)
+    if limit is None and (given.inputs or given.text or given.data or given.integer_inputs):
+        raise LrcompileError("--data, --text, --inputs and --integer-inputs say what a --budget is measured on")
+    if limit is not None and not (given.inputs or given.text or given.data):
+        raise LrcompileError("--budget is measured on your data: give --data FILE, --text TEXT or --inputs FILE")
     opened = open_model(given.model)
-    exclude = names(given.exclude) if given.exclude else None
-    double = not given.no_double_quant
-    lrcompile.quantize(opened.model, "nf4", block_size=given.block_size, double_quant=double, exclude=exclude)
+    lrcompile.quantize(
+        opened.model,
+        block_size=given.block_size,
+        double_quant=not given.no_double_quant,
+        exclude=names(given.exclude) if given.exclude else None,
+        budget=limit,
+        data=_calibration(opened, given),
+        integer_inputs=given.integer_inputs,
+    )
     with atomic_folder(given.out) as folder:
         opened.save(folder)
     done = quantization_of(opened.model)
     assert done is not None
-    print(f"{len(done.quantized)} linear maps as NF4; wrote {given.out}")
-    for name, reason in done.spared.items():
-        print(f"  {name} stays as it is: {reason}")
+    allocation = done.allocation
+    if not _wrote_json({"out": given.out, **done.to_dict()}, given.json):
+        print(f"{len(done.quantized)} linear maps as NF4; wrote {given.out}" if allocation is None else allocation)
+        for name, reason in done.spared.items():
+            print(f"  {name} stays as it is: {reason}")
+        if allocation is not None:
+            print(f"wrote {given.out}")
     return 0
+
+
+def _calibration(opened: Opened, given: Namespace) -> list[Any] | None:
+    """What --inputs, or --text and --data, give to measure on; None where they are absent."""
+    if given.samples < 1:
+        raise LrcompileError(f"--samples is {given.samples}; expected at least 1")
+    if given.inputs and (given.text or given.data):
+        raise LrcompileError("--inputs holds tensors, --text and --data texts: give one or the other")
+    if not (given.inputs or given.text or given.data):
+        return None
+    return opened.batches(given.inputs, given.text, given.data, given.samples)
 
 
 def export(given: Namespace) -> int:
@@ -149,6 +176,22 @@ def names(text: str) -> str | list[str]:
     return text if text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
 
 
+_UNITS = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "kB": 1e3, "MB": 1e6, "GB": 1e9, "%": 0.01}
+
+
+def budget(text: str) -> dict[str, float]:
+    """`--budget KIND=LIMIT`: bytes may have a unit, a share and an error a percent sign."""
+    kind, _, number = text.partition("=")
+    unit = next((each for each in _UNITS if number.endswith(each)), "")
+    try:
+        if kind not in KINDS or (unit not in ("", "%") if kind != "bytes" else unit == "%"):
+            raise ValueError
+        return checked_budget({kind: float(number.removesuffix(unit)) * _UNITS.get(unit, 1.0)})
+    except ValueError as error:  # a SpecError is one, too
+        expected = "share=0.2 (of what the weights take now), bytes=25MiB or error=0.02"
+        raise SpecError(f"--budget is {text!r}; expected one of {expected}", field="budget") from error
+
+
 def values(given: Sequence[str]) -> dict[str, Any]:
     """The fields of `--set FIELD=VALUE`, their values read as YAML."""
     found = {}
@@ -172,14 +215,22 @@ def refuse_used(out: str) -> None:
 def _report(verdicts: list[Any], as_json: str | None, as_html: str | None) -> int:
     """Print the verdicts, or write them where `--json` and `--html` say ("-": JSON on standard output)."""
     found = [verdict.to_dict() for verdict in verdicts]
-    text = json.dumps(found if len(found) > 1 else found[0], indent=2, allow_nan=False)
-    if as_json and as_json != "-":
-        with atomic_file(as_json) as file:
-            file.write_text(text + "\n", encoding="utf-8")
     if as_html:
         write_page(verdicts, as_html)
-    print(text if as_json == "-" else "\n\n".join(map(str, verdicts)))
+    if not _wrote_json(found if len(found) > 1 else found[0], as_json):
+        print("\n\n".join(map(str, verdicts)))
     return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+def _wrote_json(found: Any, where: str | None) -> bool:
+    """Write it to the file that `--json` names, or print it ("-"); was it printed, in the place of a table?"""
+    text = json.dumps(found, indent=2, allow_nan=False)
+    if where == "-":
+        print(text)
+    elif where:
+        with atomic_file(where) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    return where == "-"
 
 
 def _spec(given: Namespace) -> Spec:

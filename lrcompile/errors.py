@@ -28,6 +28,10 @@ class AdapterError(LrcompileError):
     """An adapter that is missing, present already, or does not fit this model."""
 
 
+class ModelError(LrcompileError, ValueError):
+    """A model that cannot be found, read, written or used; the message says where it was looked for."""
+
+
 class MergeError(LrcompileError):
     """A fold that cannot be done, or that rounding would erase."""
 

@@ -56,8 +56,8 @@ def record(
     """Store weights, configuration, `inputs` and the eager outputs of `model` as the case folder `path`, atomically.
 
     `pipeline` names passes (`"merge-lora,expand-lora"`) to run on the captured model at each check, `forms` what else
-    it is put into there: "merged", "onnx", "onnx-inline", "onnx-inputs", "onnx-nf4", "pt2". Adapters and NF4 layers of
-    ours are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes
+    it is put into there: "merged", "onnx", "onnx-inline", "onnx-inputs", "onnx-nf4", "pt2". Adapters and quantized maps
+    of ours are stored with their specs. Raises `VerificationError` for a case that exists (`update` changes
     one), a missing reason, or an input or setting that has no plain form.
     """
     folder = Path(path)

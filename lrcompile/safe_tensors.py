@@ -72,6 +72,15 @@ class TensorFile:
         return loaded
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """A failure to write tensors is an `OSError`, like any other failure to write."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def read_tensors(path: Path, error: type[LrcompileError], most: int = MAX_BYTES) -> dict[str, Tensor]:
     """All tensors of `path`, of whatever dtype and value."""
     with open_tensors(path, error=error, dtypes=ANY, most=most) as file:

@@ -218,7 +218,7 @@ def test_an_nf4_base_is_merged_by_what_layers_put_out_and_exported_in_the_form_a
     code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", "--limit", "5", *texts)
     assert code == 0, err
     assert "nearest codes" in out
-    assert (merged / "nf4.safetensors").is_file()
+    assert (merged / "quantized.safetensors").is_file()
     file = tmp_path / "m.onnx"
     code, _, err = run("export", merged, file, "--nf4-form", "int8", "--text", "one text", "--text", "another")
     assert code == 0, err
@@ -250,9 +250,9 @@ def test_quantize_writes_a_folder_that_opens_again(run: Run, tiny: Path, tmp_pat
     lrcompile.quantize(here.model, "nf4", exclude=["pooler.dense"])
     inputs = again.inputs(None, ["one", "two and three"])
     assert torch.equal(again.model(**inputs).last_hidden_state, here.model(**inputs).last_hidden_state)
-    weights = tmp_path / "nf4" / "nf4.safetensors"
+    weights = tmp_path / "nf4" / "quantized.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert "nf4.safetensors" in refused(run("verify", tmp_path / "nf4", tiny))
+    assert "quantized.safetensors" in refused(run("verify", tmp_path / "nf4", tiny))
 
 
 @pytest.mark.slow

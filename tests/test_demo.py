@@ -26,9 +26,10 @@ from lrcompile.demo.measuring import measure
 from lrcompile.demo.model import TextClassifier, pad
 from lrcompile.demo.preparing import prepare
 from lrcompile.demo.rungs import RUNGS
-from lrcompile.demo.sources import ModelError, load_encoder, load_tokenizer, locate
+from lrcompile.demo.sources import load_encoder, load_tokenizer, locate
 from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.demo.training import Examples, encode_once, fit_head, give_own_rate, schedule
+from lrcompile.errors import ModelError
 from lrcompile.pipeline import DataPart, Pipeline, PipelineError, TrainPart, VerifyPart
 from lrcompile.quantizing import is_nf4
 from lrcompile.recipes import recipe
@@ -196,7 +197,7 @@ def test_a_classifier_is_read_back_bit_for_bit(tiny: Path, tmp_path: Path, form:
     batch = pad([[2, 9, 3], [2, 10, 11, 3]], 0)
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     if form == "nf4":
-        stored = load_file(tmp_path / "saved" / "nf4.safetensors")
+        stored = load_file(tmp_path / "saved" / "quantized.safetensors")
         assert sum(name.endswith("weight_codes") for name in stored) == 12
         assert not any(name.endswith("query.weight") for name in stored)
 

@@ -1,9 +1,9 @@
-"""A classifier as a folder: `classifier.json`, and its weights either plain, or NF4, or (the encoder) referred to
-by name.
+"""A classifier as a folder: `classifier.json`, and its weights either plain, or quantized, or (the encoder) referred
+to by name.
 
 classifier.json   encoder, labels, max_length
 encoder/          config and tokenizer; its weights too if they are plain
-head.safetensors  the head of a plain classifier         nf4.json, nf4.safetensors  the whole state of a quantized one
+head.safetensors  the head of a plain classifier         quantized.*  the whole state of a quantized one
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
-from lrcompile.demo.sources import ModelError, load_encoder, load_tokenizer, untrained_encoder
-from lrcompile.demo.tensors import fill, writing
+from lrcompile.demo.quantized import open_quantized
+from lrcompile.demo.sources import load_encoder, load_tokenizer, untrained_encoder
+from lrcompile.errors import ModelError
+from lrcompile.quantized_folders import is_quantized_folder, write_quantized
+from lrcompile.safe_tensors import read_tensors, writing
+from lrcompile.storage import is_quantized
 
 if TYPE_CHECKING:
     from lrcompile.demo.model import TextClassifier
@@ -42,14 +45,11 @@ def save_classifier(folder: Path, model: TextClassifier, tokenizer: Any, card: C
     """
     from safetensors.torch import save_file
 
-    from lrcompile.quantizing import is_nf4
-
     folder.mkdir(parents=True, exist_ok=True)
     encoder: Any = model.encoder
-    quantized = any(is_nf4(module) for module in model.modules())
+    quantized = is_quantized(model)
     if quantized:
         card = Card(INSIDE, card.labels, card.max_length)
-        save_nf4(folder, model)
         encoder.config.save_pretrained(folder / INSIDE)
     else:
         save_file({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, folder / HEAD)
@@ -58,6 +58,8 @@ def save_classifier(folder: Path, model: TextClassifier, tokenizer: Any, card: C
     if card.encoder == INSIDE:
         tokenizer.save_pretrained(folder / INSIDE)
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    if quantized:
+        write_quantized(folder, model)
 
 
 def is_classifier(folder: str | Path) -> bool:
@@ -83,12 +85,14 @@ def load_classifier(folder: str | Path) -> TextClassifier:
     from lrcompile.demo.model import TextClassifier
 
     card = load_card(folder)
-    if is_nf4_folder(folder):
-        model = load_nf4(folder, lambda: TextClassifier(untrained_encoder(encoder_of(folder)), len(card.labels)))
-        assert isinstance(model, TextClassifier)
-        return model
+    if is_quantized_folder(folder):
+        return open_quantized(folder, lambda: TextClassifier(untrained_encoder(encoder_of(folder)), len(card.labels)))
     model = TextClassifier(load_encoder(encoder_of(folder), online=False), len(card.labels))
-    fill(model.head, Path(folder) / HEAD)
+    head = Path(folder, HEAD)
+    try:
+        model.head.load_state_dict(read_tensors(head, ModelError))
+    except RuntimeError as error:
+        raise ModelError(f"{head} does not fit this model: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
 
 

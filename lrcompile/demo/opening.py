@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lrcompile.demo.data import DOCSTRINGS
+from lrcompile.demo.docstrings import stdlib_docstrings
 from lrcompile.demo.folders import (
     INSIDE,
     Card,
@@ -20,11 +22,16 @@ from lrcompile.demo.folders import (
     save_classifier,
 )
 from lrcompile.demo.model import TextClassifier
-from lrcompile.demo.nf4_folders import is_nf4_folder, load_nf4, save_nf4
-from lrcompile.demo.sources import ModelError, load_pretrained, load_tokenizer, skeleton, untrained
-from lrcompile.demo.tensors import writing
-from lrcompile.quantizing import is_nf4
+from lrcompile.demo.quantized import open_quantized
+from lrcompile.demo.sources import load_pretrained, load_tokenizer, skeleton, untrained
+from lrcompile.demo.tables import read_texts
+from lrcompile.errors import ModelError
+from lrcompile.quantized_folders import is_quantized_folder, save_quantized
+from lrcompile.safe_tensors import writing
+from lrcompile.storage import is_quantized
 from lrcompile.verifying.input_files import read_inputs
+
+_BATCH = 8  # texts that are padded to one length and run together
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,13 @@ class Opened:
 
     @writing()
     def save(self, folder: Path) -> None:
-        """Write the model as it is now: plain, or as NF4 codes."""
+        """Write the model as it is now: plain, or quantized."""
         if self.card is not None:
             card = Card(INSIDE, self.card.labels, self.card.max_length)
             save_classifier(folder, self.model, self.tokenizer(), card)
             return
-        if any(is_nf4(module) for module in self.model.modules()):
-            save_nf4(folder, self.model)
-            self.model.config.save_pretrained(folder)
+        if is_quantized(self.model):
+            save_quantized(self.model, folder)
         else:
             self.model.save_pretrained(folder)
         if self.has_tokenizer():
@@ -64,6 +70,18 @@ class Opened:
         # A cache is a second, huge output that no classifier or exported scorer returns.
         return inputs | ({"use_cache": False} if "use_cache" in accepted else {})
 
+    def batches(self, file: str | None, texts: list[str] | None, data: str | None, most: int) -> list[Any]:
+        """What a model is measured on: every input set of `file`, or `texts` and those of the table `data`, at most
+        `most`, spread evenly over it.
+        """
+        if file is not None:
+            return read_inputs(file)
+        found = list(texts or ())
+        if data is not None:
+            rows = [text for text, _ in stdlib_docstrings()] if data == DOCSTRINGS else list(read_texts(data))
+            found += [rows[i * len(rows) // most] for i in range(most)] if most < len(rows) else rows
+        return [self.inputs(None, found[start : start + _BATCH]) for start in range(0, len(found), _BATCH)]
+
     def tokenizer(self) -> Any:
         if self.card is not None:
             return classifier_tokenizer(self.source)
@@ -81,11 +99,11 @@ class Opened:
 
 
 def open_model(source: str) -> Opened:
-    """A classifier's folder, an NF4 folder, or any `transformers` model. Raises `ModelError`."""
+    """A classifier's folder, a quantized one, or any `transformers` model. Raises `ModelError`."""
     if is_classifier(source):
         return Opened(source, load_classifier(source), load_card(source))
-    if is_nf4_folder(source):
-        return Opened(source, load_nf4(source, lambda: untrained(source)), None)
+    if is_quantized_folder(source):
+        return Opened(source, open_quantized(source, lambda: untrained(source)), None)
     return Opened(source, load_pretrained(source), None)
 
 

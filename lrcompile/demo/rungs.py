@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lrcompile.demo.nf4_folders import is_nf4_folder
+from lrcompile.quantized_folders import WEIGHTS, is_quantized_folder
 
 Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """input_ids and attention_mask, int64 [N, T], to logits float32 [N, classes]."""
@@ -80,7 +80,7 @@ def _graph(key: str, title: str, target: str) -> Rung:
 
 
 FP32_ONNX = _graph("fp32-onnx", "merged, ONNX", "fp32")
-NF4 = Rung("nf4", "merged NF4, eager", _plain("nf4"), ("nf4/nf4.safetensors",))
+NF4 = Rung("nf4", "merged NF4, eager", _plain("nf4"), (f"nf4/{WEIGHTS}",))
 NF4_ONNX = _graph("nf4-onnx", "merged NF4, ONNX", "nf4")
 INLINE_ONNX = _graph("inline-onnx", "NF4 + adapter, ONNX", "nf4-inline")
 RUNGS = {rung.key: rung for rung in (FROZEN, ADAPTED, MERGED, FP32_ONNX, NF4, NF4_ONNX, INLINE_ONNX)}
@@ -89,5 +89,5 @@ RUNGS = {rung.key: rung for rung in (FROZEN, ADAPTED, MERGED, FP32_ONNX, NF4, NF
 def size_on_disk(folder: Path, rung: Rung, encoder_bytes: int) -> int:
     """Bytes of the weights and graphs this rung needs; `encoder_bytes` where it loads the encoder the user named."""
     found = [path for name in rung.files for path in folder.glob(name)]
-    refers = rung.base is not None and not is_nf4_folder(folder / rung.base)
+    refers = rung.base is not None and not is_quantized_folder(folder / rung.base)
     return sum(path.stat().st_size for path in found) + (encoder_bytes if refers else 0)

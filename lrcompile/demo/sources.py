@@ -10,13 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lrcompile.errors import LrcompileError, require
+from lrcompile.errors import ModelError, require
 
 PACKAGE = "package:"
-
-
-class ModelError(LrcompileError, ValueError):
-    """A model that cannot be found, read or used; the message says where it was looked for."""
 
 
 def locate(model: str) -> tuple[str, bool]:
@@ -64,7 +60,11 @@ def untrained_encoder(model: str) -> Any:
 def untrained(model: str) -> Any:
     """As `untrained_encoder`, of the class the config names."""
     config = load_config(model)
-    return _named_class(model, config)(config).float().eval()
+    made = _named_class(model, config)(config).float().eval()
+    if Path(model, "generation_config.json").is_file():
+        transformers = require("transformers", "hf")
+        made.generation_config = _read(model, transformers.GenerationConfig.from_pretrained, model, False)
+    return made
 
 
 def load_tokenizer(model: str, *, online: bool = True) -> Any:

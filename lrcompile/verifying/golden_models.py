@@ -74,9 +74,9 @@ def furnish(model: nn.Module, case: Case, tensors: Mapping[str, Tensor]) -> nn.M
     import lrcompile
 
     try:
-        if case.quantization is not None:
-            lrcompile.quantize(model, "nf4", **case.quantization)
         base = {key.removeprefix("base/"): value for key, value in tensors.items() if key.startswith("base/")}
+        if case.quantization is not None:
+            _store(model, case.quantization, base)
         model.load_state_dict(base, strict=True, assign=True)
         for entry in case.adapters:
             lrcompile.apply(model, lrcompile.Spec.from_dict(entry["spec"]), name=entry["name"])
@@ -143,20 +143,22 @@ def _adapters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
-    from lrcompile.nf4.modules import codes_of, is_nf4, layout_of
+    from lrcompile.storage import described_maps
 
-    found = {name: module for name, module in model.named_modules() if is_nf4(module)}
-    if not found:
-        return None
-    options = {
-        (layout_of(m).block_size, codes_of(m).absmax_scale is not None, layout_of(m).compute_dtype)
-        for m in found.values()
-    }
-    if len(options) > 1:
-        raise VerificationError("the model's NF4 layers have several settings; a golden stores one")
-    block_size, double_quant, compute = next(iter(options))
-    dtype = None if compute is None else str(compute).removeprefix("torch.")
-    return {"block_size": block_size, "double_quant": double_quant, "compute_dtype": dtype, "targets": sorted(found)}
+    return described_maps(model) or None
+
+
+def _store(model: nn.Module, described: dict[str, Any], base: Mapping[str, Tensor]) -> None:
+    """Give the maps of a plain model the stored codes; the tensors are looked at before anything changes."""
+    from lrcompile.safe_tensors import Entry
+    from lrcompile.storage import attach_maps, checked_maps, coded_entries, misfits
+
+    maps = checked_maps(model, described)
+    expected = coded_entries(model, maps)
+    found = {name: Entry(base[name].dtype, tuple(base[name].shape)) for name in expected if name in base}
+    if faults := misfits(found, expected):
+        raise VerificationError("; ".join(faults))
+    attach_maps(maps, base)
 
 
 def _load_adapters(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
