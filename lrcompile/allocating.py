@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.batches import fitted, run, taken
 from lrcompile.budgets import FLOAT, INT4, INT8, NF4, Chosen, Options, within_bytes, within_error
 from lrcompile.errors import SpecError
 from lrcompile.integers.blocks import Integers, dequantize_integers, quantize_integers, rounded_inputs
 from lrcompile.integers.modules import IntegerLayout
 from lrcompile.kernels.nf4_dequant import dequantize_nf4, nf4_shapes, quantize_nf4
+from lrcompile.observing import Observed
 from lrcompile.progress import shown, status
-from lrcompile.undisturbed import set_mode, undisturbed
-from lrcompile.verifying.outputs import named_outputs
-from lrcompile.watching import SecondMoments, kept_tokens, watch
+from lrcompile.watching import SecondMoments, watch
 
 BITS, BLOCKS = {INT8: 8, INT4: 4}, {INT8: 64, INT4: 32}
 _LESS = 0.9
@@ -100,25 +98,20 @@ class _Inputs:
         return {form: total / self._counts[name] for (each, form), total in self._noise.items() if each == name}
 
 
-class Watched:
-    """A model's outputs on calibration batches, and how far a changed model's are from them. Padding does not count."""
+class Watched(Observed):
+    """How far a changed model's outputs are from those it had."""
 
     def __init__(self, model: nn.Module, data: Iterable[Any]):
-        self.model = model
-        self.batches = [fitted(model, each, index) for index, each in enumerate(taken(data, None, "calibration data"))]
-        self.outputs = self._run()
-        self.size = self._norm2({name: [value.double() for value in each] for name, each in self.outputs.items()})
+        super().__init__(model, data)
+        self.before = list(self.outputs())
+        self.size = sum(float(y.double().square().sum()) for y in self.before)
         if not 0 < self.size < float("inf"):
             raise SpecError("the model's outputs on this data are all zero or not finite", field="data")
 
     def moved(self) -> float:
         """‖y' − y‖²/‖y‖² now."""
-        now = self._run()
-        gaps = {
-            name: [new.double() - old.double() for new, old in zip(now[name], each, strict=True)]
-            for name, each in self.outputs.items()
-        }
-        return self._norm2(gaps) / self.size
+        gaps = (now.double() - y.double() for now, y in zip(self.outputs(), self.before, strict=True))
+        return sum(float(gap.square().sum()) for gap in gaps) / self.size
 
     def moved_by(self, forms: Mapping[nn.Module, str], storing: Storing, rounded: bool = False) -> float:
         """The same with the weights of these modules as they are read back from the given forms, for the moment;
@@ -137,21 +130,6 @@ class Watched:
         finally:
             for parameter, data in before.items():
                 parameter.data = data
-
-    def _norm2(self, values: Mapping[str, list[Tensor]]) -> float:
-        return sum(float(each.square().sum()) for entries in values.values() for each in entries)
-
-    def _run(self) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
-        with undisturbed(self.model, 0), torch.no_grad():
-            set_mode(self.model, False)
-            for index, batch in enumerate(self.batches):
-                kept = kept_tokens(batch)
-                for name, value in named_outputs(run(self.model, batch, index)).items():
-                    if value.is_floating_point():
-                        counts = kept is not None and value.shape[: kept.dim()] == kept.shape
-                        found.setdefault(name, []).append((value[kept] if counts else value).detach().cpu())
-        return found
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +31,21 @@ def effect(made: Tensor, meant: Tensor, moments: Tensor | None = None) -> Effect
         return Effect(1.0, 1.0, 0.0)
     inner = float((made * weighted(meant)).sum())
     gap = made - meant
-    lost2 = max(float((gap * weighted(gap)).sum()), 0.0)
+    return _effect(size2, made2, inner, float((gap * weighted(gap)).sum()))
+
+
+def effect_on_outputs(before: Iterable[Tensor], meant: Iterable[Tensor], made: Iterable[Tensor]) -> Effect:
+    """Of what outputs were, were meant to become and became, each in parts: R = made − before, D = meant − before."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for y0, y, now in zip(before, meant, made, strict=True):
+        D, R = y.double() - y0.double(), now.double() - y0.double()
+        for index, (left, right) in enumerate(((D, D), (R, R), (R, D), (R - D, R - D))):
+            sums[index] += float((left * right).sum())
+    return _effect(*sums)
+
+
+def _effect(size2: float, made2: float, inner: float, lost2: float) -> Effect:
+    if size2 == 0:
+        return Effect(1.0, 1.0, 0.0)
     cosine = inner / (size2 * made2) ** 0.5 if made2 > 0 else 0.0
-    return Effect(inner / size2, cosine, (lost2 / size2) ** 0.5)
+    return Effect(inner / size2, cosine, (max(lost2, 0.0) / size2) ** 0.5)

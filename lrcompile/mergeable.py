@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import MergeError
-from lrcompile.folding import FoldedSite
+from lrcompile.merge_report import MergeReport
 from lrcompile.nf4.modules import is_nf4, layout_of
 from lrcompile.quantizing import base_of
 from lrcompile.sites.site import Site
@@ -101,10 +101,9 @@ def check_final(state: State, merged: Sequence[str]) -> None:
         )
 
 
-def erased_message(erased: Sequence[FoldedSite], limit: float) -> str:
-    worst = max(erased, key=lambda row: row.adapter_relative_error)
-    others = [f"{row.name!r} ({row.adapter_relative_error:.0%})" for row in erased if row is not worst]
-    listed = f", also at {', '.join(others[:8])}{', …' if others[8:] else ''}" if others else ""
+def erased_message(report: MergeReport, limit: float) -> str:
+    worst = report.worst
+    assert worst is not None
     ways = (
         'Fold with into="float32" or "bfloat16", or keep the pair beside the codes (export with adapters="inline":'
         " exact)"
@@ -112,14 +111,24 @@ def erased_message(erased: Sequence[FoldedSite], limit: float) -> str:
         else "Keep those weights in float32 (merge a float32 copy: model.float()), or keep the pair beside its base"
         ' (export with adapters="inline": exact)'
     )
+    accepting = f"or accept it: limit={_accepting(report.adapter_relative_error):g}."
+    if report.outputs is not None:
+        return (
+            f"rounding to {worst.dtype} would take {report.outputs.error:.0%} of what the adapters do to the model's"
+            f" outputs on the data (more than {limit:.0%}), and at the worst site, {worst.name!r},"
+            f" {worst.adapter_relative_error:.0%} of what they do to the layer's. {ways}, give more data of the task,"
+            f" {accepting}"
+        )
+    erased = [row for row in report.sites if not row.adapter_relative_error <= limit]
+    others = [f"{row.name!r} ({row.adapter_relative_error:.0%})" for row in erased if row is not worst]
+    listed = f", also at {', '.join(others[:8])}{', …' if others[8:] else ''}" if others else ""
     return (
         f"rounding to {worst.dtype} would take {worst.adapter_relative_error:.0%} of the update at {worst.name!r}"
         f" (more than {limit:.0%} at {len(erased)} sites in all{listed}), whose size is {worst.relative_size:.1e} of"
-        f" the weight's. {ways}, or accept it: limit={_accepting(worst):g}."
+        f" the weight's. {ways}, {accepting}"
     )
 
 
-def _accepting(worst: FoldedSite) -> float:
-    """A limit of two digits that lets the worst site pass."""
-    error = worst.adapter_relative_error
+def _accepting(error: float) -> float:
+    """A limit of two digits that lets it pass."""
     return math.ceil(error * 100) / 100 if math.isfinite(error) else math.inf

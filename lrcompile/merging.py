@@ -8,16 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompile.attaching import detach
+from lrcompile.effects import effect_on_outputs
 from lrcompile.errors import MergeError
 from lrcompile.folding import FoldedSite, fold
 from lrcompile.held import take_back
 from lrcompile.merge_report import MergeReport as MergeReport
 from lrcompile.mergeable import LIMIT, check_data, check_final, check_into, check_limit, chosen_names, erased_message
+from lrcompile.observing import Observed
 from lrcompile.owners import owners_of_parameters
 from lrcompile.progress import shown
 from lrcompile.sites.site import Site
 from lrcompile.state import State, adapter_set, all_sites, require_settled, state_of
-from lrcompile.switching import rewrite_graphs
+from lrcompile.switching import rewrite_graphs, switched_off
 from lrcompile.walking import submodule
 from lrcompile.watching import second_moments
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
@@ -46,8 +48,11 @@ def merge(
     `data`, an iterable of batches as for `apply`, all of which are run: what rounding takes of the update is then
     measured on the outputs of each linear layer instead of its weight. It takes 4·in² bytes of memory a site.
 
-    Raises `MergeError` if something is merged already, nothing is active, or rounding would take more than `limit` of
-    the update at a site, as ‖(W' − W) − Δ‖/‖Δ‖ (`float("inf")`: only measure). The model is then as it was.
+    Raises `MergeError` if something is merged already, nothing is active, or rounding would take more than `limit`
+    (`float("inf")`: only measure) of the update at a site, as ‖(W' − W) − Δ‖/‖Δ‖. With `optimise=True` the limit judges
+    what the codes are chosen for, and no single site: the model's outputs y on `data`, as ‖y' − y‖/‖y − y₀‖, y₀ without
+    the active adapters. A site whose small update is mostly gone may then pass; the report says so. The model is as it
+    was after an error.
     """
     refuse_wrapped(model, "merge")
     refuse_meta(model, "merge", MergeError)
@@ -60,24 +65,27 @@ def merge(
     check_data(into, optimise, data)
     if final:
         check_final(state, names)
+    observed = Observed(model, data) if optimise and data is not None else None
+    data = data if observed is None else observed.batches
     moments = {} if data is None else _moments(model, chosen, data)
+    before = None if observed is None else _without_and_with(model, observed)
     owners = owners_of_parameters(model)
     rows: list[FoldedSite] = []
     try:
         for site in shown(chosen, "merging", len(chosen)):
             rows.extend(fold(model, state, site, names, into, owners, moments.pop(site.name, None), optimise))
-        if erased := [row for row in rows if not row.adapter_relative_error <= limit]:
-            raise MergeError(erased_message(erased, limit))
+        state.merged = names
+        _mark(model, state)
+        _untie_config(model, state)
+        outputs = None
+        if observed is not None and before is not None:
+            outputs = effect_on_outputs(*before, observed.outputs("what is kept"))
+        report = MergeReport(tuple(rows), names, _notes(state), outputs)
+        if not report.adapter_relative_error <= limit:
+            raise MergeError(erased_message(report, limit))
     except BaseException:
         _restore(model, state)
         raise
-    state.merged = names
-    _mark(model, state)
-    _untie_config(model, state)
-    parts = [(key, fold) for key, fold in state.folds.items()]
-    parts += [(f"{key}.bias", fold.bias) for key, fold in state.folds.items() if fold.bias is not None]
-    notes = tuple(f"{key}: untied from {fold.tied_to}" for key, fold in parts if fold.tied_to)
-    report = MergeReport(tuple(rows), names, notes)
     if final:
         finalize(model)
     return report
@@ -105,6 +113,19 @@ def finalize(model: nn.Module) -> nn.Module:
     for name in list(state.specs):
         detach(model, state, name, state.sites[name], {}, ())
     return model
+
+
+def _notes(state: State) -> tuple[str, ...]:
+    parts = [(key, fold) for key, fold in state.folds.items()]
+    parts += [(f"{key}.bias", fold.bias) for key, fold in state.folds.items() if fold.bias is not None]
+    return tuple(f"{key}: untied from {fold.tied_to}" for key, fold in parts if fold.tied_to)
+
+
+def _without_and_with(model: nn.Module, observed: Observed) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's outputs without and with the active adapters."""
+    with switched_off(model):
+        base = list(observed.outputs("outputs without adapters"))
+    return base, list(observed.outputs("outputs with adapters"))
 
 
 def _moments(model: nn.Module, chosen: Sequence[Site], data: Iterable[Any]) -> dict[str, Tensor]:

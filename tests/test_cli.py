@@ -215,7 +215,7 @@ def test_an_nf4_base_is_merged_by_what_layers_put_out_and_exported_in_the_form_a
     assert "optimise" in err
     assert not merged.exists()
     texts = [word for text in ("some words", "and others", "to calibrate with", "abc xyz") for word in ("--text", text)]
-    code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", "--limit", "5", *texts)
+    code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", *texts)
     assert code == 0, err
     assert "nearest codes" in out
     assert (merged / "quantized.safetensors").is_file()

@@ -142,6 +142,36 @@ def test_codes_chosen_for_the_outputs_keep_a_trained_adapter_that_nearest_codes_
     assert torch.equal(logits(model), trained)
 
 
+def test_the_limit_of_an_optimised_merge_judges_the_models_outputs_and_no_single_site(trained_on_nf4):
+    data = language.sample(8, seed=1)
+    model = copy.deepcopy(trained_on_nf4)
+
+    @torch.no_grad()
+    def outputs() -> torch.Tensor:
+        return torch.cat([model(**batch).logits for batch in data]).double()
+
+    with lrcompile.disabled(model):
+        base = outputs()
+    trained = outputs()
+    report = lrcompile.merge(model, into="nf4", optimise=True, data=data)
+    assert report.outputs is not None
+    assert report.worst is not None
+    error = float((outputs() - trained).norm() / (trained - base).norm())
+    assert report.adapter_relative_error == report.outputs.error == pytest.approx(error, rel=1e-6)
+    assert error < 0.5 < report.worst.adapter_relative_error  # a site whose update is mostly gone, said in the table
+    assert "kept of the effect on the model's outputs" in str(report)
+    assert report.worst.name in str(report)
+    assert report.to_dict()["outputs"]["error"] == report.outputs.error
+    lrcompile.unmerge(model)
+    with pytest.raises(lrcompile.MergeError, match="what the adapters do to the model's outputs on the data") as caught:
+        lrcompile.merge(model, into="nf4", optimise=True, data=data, limit=error / 2)
+    assert repr(report.worst.name) in str(caught.value)
+    assert torch.equal(outputs(), trained)
+    assert not lrcompile.report(model).merged
+    named = float(str(caught.value).rpartition("limit=")[2].rstrip("."))
+    assert lrcompile.merge(model, into="nf4", optimise=True, data=data, limit=named).outputs is not None
+
+
 def test_with_data_the_error_of_any_merge_is_that_of_the_outputs(trained_on_nf4):
     model = copy.deepcopy(trained_on_nf4)
     data = language.sample(4, seed=1)
