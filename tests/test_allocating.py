@@ -84,13 +84,69 @@ def test_r_as_nf4_is_what_the_map_alone_does_to_the_outputs():
 def test_an_error_budget_is_kept_by_the_real_model_and_a_tighter_one_takes_more(limit):
     model = language.base(32, 20).eval()
     sizes = []
+    data = language.sample(2, 1)
+    with torch.no_grad():
+        y = torch.cat([model(**batch).logits for batch in data]).double()
     for each in (limit, limit / 3):
-        quantized = lrcompile.quantize(copy.deepcopy(model), budget={"error": each}, data=language.sample(2, 1))
+        quantized = lrcompile.quantize(copy.deepcopy(model), budget={"error": each}, data=data)
         found = table(quantized)
-        assert found.predicted <= each
-        assert found.measured <= 1.5 * each
+        with torch.no_grad():
+            moved = torch.cat([quantized(**batch).logits for batch in data]).double() - y
+        assert float(moved.norm() / y.norm()) <= each * (1 + 1e-6)
+        assert found.measured == pytest.approx(float(moved.norm() / y.norm()), rel=1e-2, abs=1e-6)
         sizes.append(found.bytes)
     assert sizes[0] <= sizes[1]
+
+
+class Outliers(Uneven):
+    """Inputs with one element in 64 that is fifty times the others, as real models have them."""
+
+    def forward(self, x):
+        return super().forward(torch.cat((50 * x[:, :1], x[:, 1:]), 1))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_table_says_what_the_fast_form_costs_in_onnx_runtime_and_a_budget_may_be_about_that(tmp_path, counted):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    plain, data = Outliers(), [(torch.randn(32, 64),) for _ in range(2)]
+    model: Any = copy.deepcopy(plain)
+    lrcompile.quantize(model, budget={"error": 0.012}, data=data, integer_inputs=counted)
+    found = table(model)
+    assert (found.measured_integer_inputs if counted else found.measured) <= 0.012
+    forms = {choice.form for choice in found.choices}
+    assert forms & {INT8, INT4}
+    assert not (counted and NF4 in forms)
+    exported = lrcompile.export(model, tmp_path / "m.onnx", data[0], nf4_form="int8")
+    session = lrcompile.run(exported.path)
+    with torch.no_grad():
+        y = torch.cat([plain(*batch) for batch in data]).double()
+    (name,) = exported.manifest["inputs"]
+    shipped = torch.cat([next(iter(session({name["name"]: x}).values())) for (x,) in data]).double()
+    assert float((shipped - y).norm() / y.norm()) == pytest.approx(found.measured_integer_inputs, rel=0.02)
+    if not counted:  # what the budget was about does not hold for the other form, and the table says so
+        assert found.measured_integer_inputs > 0.012
+    assert ("by the weights (counted)" in str(found)) != counted
+    assert ("rounded to 8 bits (counted)" in str(found)) == counted
+
+
+def test_padding_and_a_cache_are_no_outputs():
+    model = language.base(32, 3).eval()
+    ids = language.sample(1, 1)[0]["input_ids"][:4, :12]
+    mask = torch.ones_like(ids)
+    mask[:2, 6:] = 0
+    tables = []
+    for filler in (1, 99):
+        padded = torch.where(mask.bool(), ids, filler)
+        batch = {"input_ids": padded, "attention_mask": mask, "use_cache": True}
+        tables.append(table(lrcompile.quantize(copy.deepcopy(model), budget={"share": 0.2}, data=[batch])))
+    assert tables[0].measured == pytest.approx(tables[1].measured, rel=1e-6)
+    assert [choice.form for choice in tables[0].choices] == [choice.form for choice in tables[1].choices]
+    with torch.no_grad():
+        logits = model(**batch).logits[mask.bool()].double()
+        quantized = lrcompile.quantize(copy.deepcopy(model), budget={"share": 0.2}, data=[batch])
+        moved = quantized(**batch).logits[mask.bool()].double() - logits
+    assert tables[0].measured == pytest.approx(float(moved.norm() / logits.norm()), rel=1e-3)
 
 
 def test_the_forms_go_into_an_onnx_file_and_hold_there(tmp_path):
@@ -147,6 +203,8 @@ WRONG = {
     "a number": ({"budget": 0.2, "data": [(torch.randn(2, 64),)]}, lrcompile.SpecError, "'share': 0.3"),
     "unknown": ({"budget": {"ram": 3}, "data": [(torch.randn(2, 64),)]}, lrcompile.SpecError, "'bytes': N"),
     "two": ({"budget": {"share": 0.2, "error": 1}, "data": []}, lrcompile.SpecError, "expected one of"),
+    "inputs alone": ({"integer_inputs": True}, lrcompile.SpecError, "integer_inputs is True"),
+    "inputs of 8": ({"budget": {"share": 0.2}, "data": [], "integer_inputs": 8}, lrcompile.SpecError, "_inputs is 8"),
     "negative": ({"budget": {"share": -0.2}, "data": []}, lrcompile.SpecError, "budget share is -0.2"),
     "too small": ({"budget": {"bytes": 100}, "data": [(torch.randn(2, 64),)]}, lrcompile.SpecError, "smallest forms"),
     "keep": ({"budget": {"share": 0.2}, "data": [(torch.randn(2, 64),)], "keep_base": "cpu"}, lrcompile.SpecError,

@@ -21,6 +21,7 @@ from lrcompile.demo.commands import from_options
 from lrcompile.demo.opening import open_model
 from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.pipeline import Pipeline
+from lrcompile.storage import described_maps
 
 COMMANDS = (
     "demo", "run", "plan", "train", "merge", "quantize", "export", "verify", "golden", "passes", "methods", "bench",
@@ -253,6 +254,67 @@ def test_quantize_writes_a_folder_that_opens_again(run: Run, tiny: Path, tmp_pat
     weights = tmp_path / "nf4" / "quantized.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "quantized.safetensors" in refused(run("verify", tmp_path / "nf4", tiny))
+    config = tmp_path / "other" / "config.json"
+    assert run("quantize", tiny, "--out", config.parent)[0] == 0
+    config.write_text(config.read_text().replace('"gelu"', '"relu"'))
+    assert "config.json is damaged or was changed" in refused(run("verify", config.parent, tiny))
+
+
+def test_quantize_within_a_budget_writes_a_folder_that_every_command_takes(
+    run: Run, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    texts, small = tmp_path / "texts.txt", tmp_path / "small"
+    texts.write_text("\n".join(f"text {i} has some words\n" for i in range(20)))
+    options = ("--budget", "share=25%", "--data", texts, "--samples", 9, "--exclude", "re:.*(query|value|pooler.*)")
+    code, out, err = run("quantize", tiny, "--out", small, *options, "--json", tmp_path / "why.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "why.json").read_text())["allocation"]
+    forms = {choice["name"]: choice["form"] for choice in found["choices"]}
+    assert len(set(forms.values())) > 1
+    assert found["bytes"] <= 0.25 * found["float_bytes"]
+    assert all(name in out for name in forms)
+    assert "as nf4_form=" in out
+    assert out.rstrip().endswith(f"wrote {small}")
+    assert (small / "tokenizer_config.json").is_file()
+    inputs = ("--text", "abc def", "--text", "g")
+    opened, file = open_model(str(small)), tmp_path / "m.onnx"
+    assert described_maps(opened.model).keys() == {name for name, form in forms.items() if form != "float"}
+    code, _, err = run("export", small, file, *inputs)
+    assert code == 0, err
+    assert run("verify", small, file, *inputs)[0] == 0
+    assert run("verify", tiny, small, *inputs)[0] == 1
+    assert run("golden", "record", tmp_path / "case", small, "--reason", "a test", *inputs)[0] == 0
+    assert run("golden", "check", tmp_path / "case")[0] == 0
+    code, out, err = run("merge", small, adapter, "--out", tmp_path / "merged")
+    assert code == 0, err
+    assert described_maps(open_model(str(tmp_path / "merged")).model).keys() == described_maps(opened.model).keys()
+
+
+WRONG_BUDGETS = {
+    "no data": (("--budget", "share=0.2"), "give --data FILE, --text TEXT or --inputs FILE"),
+    "data alone": (("--text", "abc"), "what a --budget is measured on"),
+    "a form alone": (("--integer-inputs",), "what a --budget is measured on"),
+    "no limit": (("--budget", "share"), "bytes=25MiB or error=0.02"),
+    "no kind": (("--budget", "0.2"), "bytes=25MiB or error=0.02"),
+    "another kind": (("--budget", "ram=3"), "'ram=3'"),
+    "a share in bytes": (("--budget", "share=3MiB"), "'share=3MiB'"),
+    "bytes in percent": (("--budget", "bytes=20%"), "'bytes=20%'"),
+    "not above 0": (("--budget", "error=0"), "'error=0'"),
+    "no number": (("--budget", "error=nan"), "'error=nan'"),
+    "too small": (("--budget", "bytes=1kB", "--text", "abc"), "allows 1000 bytes"),
+    "no such file": (("--budget", "share=1", "--data", "none.txt"), "no such file: none.txt"),
+    "another file": (("--budget", "share=1", "--data", "a.pdf"), ".jsonl or .csv or .txt"),
+    "both": (("--budget", "share=1", "--data", "a.txt", "--inputs", "b.npz"), "give one or the other"),
+    "no sample": (("--budget", "share=1", "--data", "a.txt", "--samples", "0"), "--samples is 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_BUDGETS.values(), ids=WRONG_BUDGETS)
+def test_a_wrong_budget_is_one_line_and_writes_nothing(
+    run: Run, tiny: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(run("quantize", tiny, "--out", tmp_path / "out", *options))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
