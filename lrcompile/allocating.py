@@ -201,5 +201,6 @@ def integers_as(module: nn.Module, form: str) -> tuple[Integers, IntegerLayout]:
     """The weight of `module` as int8 or int4."""
     weight: torch.Tensor = module._parameters["weight"]  # type: ignore[assignment]
     rows = weight.detach().t() if _transposed(module) else weight.detach()
-    held = quantize_integers(rows, BITS[form], BLOCKS[form])
-    return held, IntegerLayout(*rows.shape, _transposed(module), BLOCKS[form], weight.dtype, BITS[form])
+    out, inside = rows.shape
+    layout = IntegerLayout(out, inside, _transposed(module), BLOCKS[form], weight.dtype, BITS[form])
+    return quantize_integers(rows, BITS[form], BLOCKS[form]), layout

@@ -92,7 +92,7 @@ def _line(commands: argparse._SubParsersAction) -> None:
         "  lrcompile run model.onnx --inputs batch.safetensors --out outputs.safetensors",
     )  # fmt: skip
     run.add_argument("file", metavar="FILE", help="a pipeline .yaml (keys: model, data, spec, train, export, verify,"
-                     " out), or an exported .onnx or .pt2")  # fmt: skip
+                     " budget, out), or an exported .onnx or .pt2")  # fmt: skip
     run.add_argument("--out", metavar="PATH", help="a pipeline's folder instead of the file's; or a .safetensors file"
                      " for an export's outputs")  # fmt: skip
     _input_options(run)

@@ -4,7 +4,7 @@ its line.
     model  which model                 train   steps, learning rates, seed
     data   which labelled texts        export  which graphs to write
     spec   which method and targets    verify  what every rung is held to
-    out    the folder of the results
+    out    the folder of the results   budget  what the merged model may take, stored map by map as that is worth it
 
 `Pipeline()` is what `lrcompile demo` runs; `examples/docstrings.yaml` spells the same out.
 """
@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from lrcompile.errors import LrcompileError
+from lrcompile.budgets import checked_budget
+from lrcompile.errors import LrcompileError, SpecError
 from lrcompile.specs import Spec
 
 EXPORTS = ("fp32", "nf4", "nf4-inline")
@@ -104,6 +105,8 @@ class Pipeline:
     train: TrainPart = field(default_factory=TrainPart)
     export: tuple[str, ...] = EXPORTS
     verify: VerifyPart = field(default_factory=VerifyPart)
+    budget: Mapping[str, float] | None = None
+    """As `lrcompile.quantize` takes it: one of share, bytes and error. None: no such rung."""
     out: str = "lrcompile-demo"
 
     def __post_init__(self) -> None:
@@ -115,13 +118,20 @@ class Pipeline:
         entries = isinstance(self.export, list | tuple) and all(isinstance(entry, str) for entry in self.export)
         _check("export", self.export, entries and set(self.export) <= set(EXPORTS), known)
         object.__setattr__(self, "export", tuple(self.export))
+        if self.budget is not None:
+            try:
+                checked_budget(self.budget)
+            except SpecError as error:
+                raise PipelineError(str(error)) from error
         trained = "a list with 'head': the classifier's head starts from random numbers and has to train"
         _check("spec.train_modules", list(self.spec.train_modules), "head" in self.spec.train_modules, trained)
 
     def to_dict(self) -> dict[str, Any]:
         plain = {part: asdict(getattr(self, part)) for part in ("data", "train", "verify")}
         spec = self.spec.to_dict()
-        return {"model": self.model, **plain, "spec": spec, "export": list(self.export), "out": self.out}
+        budget = None if self.budget is None else dict(self.budget)
+        whole = {"model": self.model, **plain, "spec": spec, "export": list(self.export), "budget": budget}
+        return {**whole, "out": self.out}
 
     @classmethod
     def load(cls, path: str) -> Pipeline:

@@ -50,7 +50,7 @@ def save_quantized(model: nn.Module, dir: str | os.PathLike[str]) -> Path:
     """
     refuse_wrapped(model, "save")
     with status(f"writing {os.fspath(dir)}"), atomic_folder(dir, keep=lambda _: True, error=ModelError) as folder:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):
             config = copy.deepcopy(config)
             config.architectures = [original_class(model).__name__]

@@ -375,19 +375,30 @@ def test_a_rung_that_cannot_be_measured_says_why(tmp_path: Path) -> None:
         measure(tmp_path, RUNGS["merged"], 2)
 
 
+BUDGETED = ("budget", "budget-onnx")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_whole_line_holds_on_a_tiny_model(tiny: Path, table: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "budget"), [("lora", {"share": 0.3}), ("qlora", None)])
+def test_the_whole_line_holds_on_a_tiny_model(
+    tiny: Path, table: Path, tmp_path: Path, method: str, budget: dict[str, float] | None
+) -> None:
     spec = lrcompile.spec(method, rank=3, train_modules=["head"], seed=0)
     shown = io.StringIO()
-    outcome = line.run(pipeline(tiny, table, tmp_path / "out", spec=spec), Console(file=shown, width=200))
+    line_of = pipeline(tiny, table, tmp_path / "out", spec=spec, budget=budget)
+    outcome = line.run(line_of, Console(file=shown, width=200))
     assert outcome.ok, outcome.text
     result = json.loads((outcome.folder / "result.json").read_text())
     rungs = {rung["key"]: rung for rung in result["rungs"]}
-    assert list(rungs) == list(RUNGS)
+    assert list(rungs) == [key for key in RUNGS if budget or key not in BUDGETED]
     assert rungs["adapted"]["accuracy"] > result["data"]["majority_class_share"]
     assert rungs["merged"]["agreement"] == rungs["fp32-onnx"]["agreement"] == 1.0
     assert rungs["nf4"]["agreement"] == pytest.approx(rungs["nf4-onnx"]["agreement"], abs=0.05)
+    if budget:
+        assert result["allocation"]["bytes"] <= 0.3 * result["allocation"]["float_bytes"]
+        assert rungs["budget"]["size_bytes"] < rungs["merged"]["size_bytes"]
+        assert rungs["budget-onnx"]["holds"]
+        assert "budget: share 0.3" in outcome.text
     exact = ["merged", "fp32-onnx"] + (["inline-onnx"] if method == "qlora" else [])
     for key in exact:
         assert rungs[key]["holds"]
@@ -412,5 +423,5 @@ def test_a_method_that_needs_a_float_base_runs_the_line_without_that_rung(
     outcome = line.run(pipeline(tiny, table, tmp_path / "out", spec=spec), Console(file=io.StringIO(), width=200))
     assert outcome.ok, outcome.text
     rungs = {rung["key"] for rung in json.loads((outcome.folder / "result.json").read_text())["rungs"]}
-    assert rungs == set(RUNGS) - {"inline-onnx"}
+    assert rungs == set(RUNGS) - {"inline-onnx", *BUDGETED}
     assert f"NF4 + adapter: left out, since {method}" in outcome.text

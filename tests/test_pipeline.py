@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrcompile.budgets import KINDS
 from lrcompile.pipeline import EXPORTS, DataPart, Pipeline, PipelineError, TrainPart, VerifyPart
 from lrcompile.specs import Spec
 
@@ -71,6 +72,8 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_key(tmp_path: P
         ("verify: {bound_ratio: -1}\n", "verify.bound_ratio is -1"),
         ("export: [fp16]\n", "fp32, nf4, nf4-inline"),
         ("export: fp32\n", "export is 'fp32'"),
+        ("budget: 0.2\n", "budget is 0.2; expected one of"),
+        ("budget: {share: -1}\n", "budget share is -1"),
         ("model: ''\n", "model is ''"),
         ("model: a\nmodel: b\n", "line.yaml:2: the key 'model' stands there twice"),
         ("", "expected keys and values"),
@@ -97,6 +100,7 @@ def test_a_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
     limit=st.none() | st.integers(2, 10**6),
     rank=st.integers(1, 64),
     export=st.lists(st.sampled_from(EXPORTS), unique=True),
+    budget=st.none() | st.builds(lambda kind, limit: {kind: limit}, st.sampled_from(KINDS), st.floats(0.01, 9)),
 )
 def test_to_dict_as_a_file_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
@@ -105,6 +109,7 @@ def test_to_dict_as_a_file_reads_back_equal(
     limit: int | None,
     rank: int,
     export: list[str],
+    budget: dict[str, float] | None,
 ) -> None:
     made = Pipeline(
         data=DataPart(limit=limit),
@@ -112,6 +117,7 @@ def test_to_dict_as_a_file_reads_back_equal(
         train=TrainPart(epochs=epochs, batch_size=batch_size),
         export=tuple(export),
         verify=VerifyPart(examples=3),
+        budget=budget,
     )
     path = tmp_path_factory.mktemp("pipeline") / "line.yaml"
     path.write_text(json.dumps(made.to_dict()), encoding="utf-8")  # JSON is YAML

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 import lrcompile
+from lrcompile.budgets import Allocation
 from lrcompile.demo.checking import Checked, Claim, check
 from lrcompile.demo.concluding import beside_nf4, described, make_rows, notes, write_json
 from lrcompile.demo.folders import save_classifier
@@ -19,18 +20,31 @@ from lrcompile.demo.measuring import TEST, Measured, measure
 from lrcompile.demo.model import TextClassifier
 from lrcompile.demo.picture import draw
 from lrcompile.demo.preparing import RESULT, Prepared, prepare, write_test
-from lrcompile.demo.rungs import ADAPTED, FP32_ONNX, INLINE_ONNX, MERGED, NF4, NF4_ONNX, RUNGS
+from lrcompile.demo.rungs import (
+    ADAPTED,
+    BUDGET,
+    BUDGET_ONNX,
+    FP32_ONNX,
+    INLINE_ONNX,
+    MERGED,
+    NF4,
+    NF4_ONNX,
+    RUNGS,
+)
 from lrcompile.demo.showing import Show
 from lrcompile.demo.table import table
 from lrcompile.demo.training import encode_once, fit_adapter, fit_head, give_own_rate
 from lrcompile.deployment.describing import versions
 from lrcompile.errors import require
 from lrcompile.pipeline import Pipeline
+from lrcompile.quantizing import quantization_of
 from lrcompile.recipes import recipe
 from lrcompile.recipes.recipe import part as named
 from lrcompile.writing import atomic_folder
 
-GRAPHS = {"fp32": FP32_ONNX, "nf4": NF4_ONNX, "nf4-inline": INLINE_ONNX}
+GRAPHS = {"fp32": FP32_ONNX, "nf4": NF4_ONNX, "nf4-inline": INLINE_ONNX, "budget": BUDGET_ONNX}
+CALIBRATED_ON = 128
+"""Training texts that a budget is measured on."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +95,17 @@ class _Line:
         self.trained: TextClassifier = ready.model
         self.quantized_base = recipe(pipeline.spec.method).quantizes_base
         self.targets = [name for name in pipeline.export if name != "nf4-inline" or beside_nf4(pipeline)]
+        self.allocation: Allocation | None = None
+        if pipeline.budget is not None:
+            self.targets.append("budget")
 
     def run(self) -> tuple[str, bool]:
         losses = {"baseline": self.train_baseline(), "adapter": self.train_adapter()}
         merged, loss_of_merge = self.merge()
         nf4 = self.quantize(merged)
         models = {"fp32": merged, "nf4": nf4}
+        if self.pipeline.budget is not None:
+            models["budget"] = self.within(merged, self.pipeline.budget)
         if "nf4-inline" in self.targets:
             models["nf4-inline"] = self.inline()
         for target in [name for name in models if name in self.targets]:
@@ -139,6 +158,18 @@ class _Line:
             save_classifier(self.folder / "nf4", model, self.ready.tokenizer, self.ready.inside)
         return model
 
+    def within(self, merged: TextClassifier, budget: Mapping[str, float]) -> TextClassifier:
+        size, texts = self.pipeline.train.batch_size, self.ready.train
+        rows = list(range(0, len(texts), max(1, len(texts) // CALIBRATED_ON)))[:CALIBRATED_ON]
+        data = [texts.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        with self.show.stage("quantizing within the budget"):
+            model = copy.deepcopy(merged)
+            lrcompile.quantize(model, budget=budget, data=data, exclude=["head"])
+            save_classifier(self.folder / "budget", model, self.ready.tokenizer, self.ready.inside)
+        done = quantization_of(model)
+        self.allocation = None if done is None else done.allocation
+        return model
+
     def inline(self) -> TextClassifier:
         """An NF4 base with the adapter beside it: nothing of the adapter is rounded away."""
         if self.quantized_base:
@@ -155,7 +186,8 @@ class _Line:
 
     def measure(self) -> dict[str, Measured]:
         write_test(self.folder / TEST, self.ready.test)
-        wanted = [rung for rung in RUNGS.values() if rung not in GRAPHS.values()]
+        optional = [*GRAPHS.values(), *([BUDGET] if "budget" not in self.targets else [])]
+        wanted = [rung for rung in RUNGS.values() if rung not in optional]
         wanted += [GRAPHS[target] for target in self.targets]
         measured = {}
         for rung in (rung for rung in RUNGS.values() if rung in wanted):
@@ -172,6 +204,8 @@ class _Line:
         claims = [Claim("adapter", self.trained, ADAPTED.key, exact)]
         if "nf4" in self.targets:
             claims.append(Claim("merged NF4", models["nf4"], NF4.key, graph("nf4")))
+        if "budget" in self.targets:
+            claims.append(Claim("within budget", models["budget"], BUDGET.key, graph("budget")))
         if "nf4-inline" in self.targets and not self.quantized_base:
             claims.append(Claim("NF4 + adapter", models["nf4-inline"], None, graph("nf4-inline")))
         return claims
@@ -192,6 +226,7 @@ class _Line:
                 "steps": len(self.ready.batches),
                 "rungs": [asdict(row) for row in rows],
                 "merge_adapter_relative_error": loss_of_merge,
+                "allocation": None if self.allocation is None else self.allocation.to_dict(),
                 "verdicts": {name: verdict.to_dict() for name, verdict in checked.verdicts.items()},
                 "losses": losses,
                 "seconds": self.show.seconds,
@@ -199,4 +234,5 @@ class _Line:
             },
         )
         failed = [f"{name}\n{verdict}" for name, verdict in checked.verdicts.items() if not verdict.ok]
-        return "\n\n".join([table(rows, notes(self.pipeline, self.ready)), *failed]), ok
+        allocation = [] if self.allocation is None else [str(self.allocation)]
+        return "\n\n".join([*allocation, table(rows, notes(self.pipeline, self.ready)), *failed]), ok

@@ -82,8 +82,12 @@ def _graph(key: str, title: str, target: str) -> Rung:
 FP32_ONNX = _graph("fp32-onnx", "merged, ONNX", "fp32")
 NF4 = Rung("nf4", "merged NF4, eager", _plain("nf4"), (f"nf4/{WEIGHTS}",))
 NF4_ONNX = _graph("nf4-onnx", "merged NF4, ONNX", "nf4")
+BUDGET = Rung("budget", "within budget, eager", _plain("budget"), (f"budget/{WEIGHTS}",))
+BUDGET_ONNX = _graph("budget-onnx", "within budget, ONNX", "budget")
 INLINE_ONNX = _graph("inline-onnx", "NF4 + adapter, ONNX", "nf4-inline")
-RUNGS = {rung.key: rung for rung in (FROZEN, ADAPTED, MERGED, FP32_ONNX, NF4, NF4_ONNX, INLINE_ONNX)}
+RUNGS = {
+    rung.key: rung for rung in (FROZEN, ADAPTED, MERGED, FP32_ONNX, NF4, NF4_ONNX, BUDGET, BUDGET_ONNX, INLINE_ONNX)
+}
 
 
 def size_on_disk(folder: Path, rung: Rung, encoder_bytes: int) -> int:
