@@ -109,8 +109,26 @@ def exported(folder: Path) -> int | None:
     return version
 
 
+def within_budget(version: int) -> nn.Module:
+    torch.manual_seed(version)
+    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 64)).eval()
+    return lrcompile.quantize(model, budget={"share": 0.2}, data=[(torch.ones(2, 64),)])
+
+
+def save_quantized(folder: Path, version: int) -> None:
+    lrcompile.save_quantized(within_budget(version), folder / "small")
+
+
+def saved_quantized(folder: Path) -> int | None:
+    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 64)).eval()
+    y = lrcompile.load_quantized(model, folder / "small")(torch.ones(1, 64))
+    (version,) = [each for each in (0, 1) if torch.equal(within_budget(each)(torch.ones(1, 64)), y)]
+    return version
+
+
 SCENARIOS = {
     "save": Scenario(save, saved),
+    "save_quantized": Scenario(save_quantized, saved_quantized),
     "merge": Scenario(merge, merged, afresh=True),
     "export": Scenario(export, exported),
 }
