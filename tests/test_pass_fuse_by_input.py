@@ -52,8 +52,8 @@ def _counts(program: Program) -> dict[str, int]:
 def as_integers(model: Any) -> Any:
     for name in ("q", "k", "v", "gate", "up"):
         layer = model.get_submodule(name)
-        held = quantize_integers(layer.weight, 8, 64)
-        attach_integers(layer, held, IntegerLayout(*layer.weight.shape, False, 64, torch.float32, 8))
+        held, (out, inside) = quantize_integers(layer.weight, 8, 64), layer.weight.shape
+        attach_integers(layer, held, IntegerLayout(out, inside, False, 64, torch.float32, 8))
     return model
 
 
