@@ -186,16 +186,6 @@ def test_a_model_of_integers_casts_moves_copies_and_refuses_adapters_and_another
         lrcompile.quantize(model, targets=["high"])
 
 
-def test_codes_of_one_form_are_not_copied_into_buffers_of_another():
-    model, data = uneven()
-    lrcompile.quantize(model, budget={"share": 0.2}, data=data)
-    scales = model.high.weight_scales.clone()
-    for other in ({"high.weight_scales": scales.half()}, {"high.weight_integers": model.high.weight_integers.float()}):
-        with pytest.raises(RuntimeError, match="stored in another form"):
-            model.load_state_dict({**model.state_dict(), **other})
-    assert torch.equal(model.high.weight_scales, scales)
-
-
 def test_a_conv1d_is_stored_turned_round():
     transformers = pytest.importorskip("transformers")
     model: Any = nn.Sequential(transformers.pytorch_utils.Conv1D(48, 32))

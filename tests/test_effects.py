@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import astuple
+
 import pytest
 import torch
 
-from lrcompile.effects import effect
+from lrcompile.effects import Effect, effect, effect_on_outputs
 
 
 def test_the_numbers_are_those_of_the_two_changes_as_vectors():
@@ -40,3 +43,12 @@ def test_a_change_that_overflowed_is_no_small_error():
     made[0, 0] = torch.inf
     assert not effect(made, meant).error <= 1e9
     assert not effect(made, meant, torch.eye(2)).error <= 1e9
+
+
+def test_the_effect_on_outputs_in_parts_is_that_of_their_whole():
+    before, meant, made = (torch.randn(30) for _ in range(3))
+    whole = effect(made - before, meant - before)
+    parts = effect_on_outputs(before.split(7), iter(meant.split(7)), iter(made.split(7)))
+    assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-6)
+    assert effect_on_outputs([before], [before], [made]) == Effect(1.0, 1.0, 0.0)
+    assert math.isnan(effect_on_outputs([before], [meant * torch.nan], [made]).error)

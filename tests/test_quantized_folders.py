@@ -21,6 +21,8 @@ from lrcompile.allocating import integers_as
 from lrcompile.budgets import INT4, INT8
 from lrcompile.checkpointing.files import sealed
 from lrcompile.coded import is_coded
+from lrcompile.demo.opening import open_model
+from lrcompile.demo.tiny import write_tiny_bert
 from lrcompile.errors import LrcompileError, ModelError
 from lrcompile.integers.modules import attach_integers
 from lrcompile.quantized_folders import CARD, WEIGHTS
@@ -278,6 +280,17 @@ def test_a_folder_made_to_harm_is_one_error_and_changes_nothing(written, tmp_pat
         lrcompile.load_quantized(model, folder)
     assert bits(model) == before
     assert not any(map(is_coded, model.modules()))
+
+
+def test_a_config_that_makes_a_huge_model_is_refused_before_it_is_made(tmp_path):
+    model: Any = open_model(str(write_tiny_bert(tmp_path / "tiny"))).model
+    lrcompile.quantize(model, targets=["query"])
+    lrcompile.save_quantized(model, tmp_path / "m")
+    assert bits(open_model(str(tmp_path / "m")).model) == bits(model)
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 10**11}))
+    with pytest.raises(ModelError, match=r"embeddings\.word_embeddings\.weight is float32 .*100000000000"):
+        open_model(str(tmp_path / "m"))  # 9.6 TB
 
 
 @pytest.mark.parametrize("name", [CARD, WEIGHTS])
