@@ -20,7 +20,7 @@ from lrcompile.interop.bitsandbytes import note, taken_over
 from lrcompile.state import State, has_state, require_name, state_of
 from lrcompile.walking import first_of_each_class
 from lrcompile.wrapping import refuse_wrapped, within
-from lrcompile.writing import atomic_folder
+from lrcompile.writing import atomic_folder, refuse_working_folder
 from lrcompile.written import refuse_written
 
 
@@ -51,7 +51,7 @@ def save(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None)
     model = within(model)
     state = state_of(model)  # of a model wrapped otherwise this says which submodule to give
     folders = _folders(state, name)
-    _refuse_working_folder(dir)
+    refuse_working_folder(dir, AdapterError)
     contents = {folder: _content(model, state, each) for folder, each in folders.items()}
     bases = {folder: origin_of(model, state, each) for folder, each in folders.items()}
     replaced = FILES if "" in folders else frozenset()
@@ -124,15 +124,6 @@ def _folders(state: State, name: str | None) -> dict[str, str]:
     if len(state.specs) == 1:
         return {"": next(iter(state.specs))}
     return {"" if each == "default" else each: each for each in state.specs}
-
-
-def _refuse_working_folder(dir: str | os.PathLike[str]) -> None:
-    """Exchanging a folder would leave a process that works in it, or below, in the old one."""
-    target = Path(os.path.realpath(dir))
-    if Path.cwd().is_relative_to(target):
-        raise AdapterError(
-            f"{os.fspath(dir)!r} is (or holds) the working folder, which cannot be exchanged; give a sub-folder"
-        )
 
 
 def _content(model: nn.Module, state: State, name: str) -> Content:

@@ -28,7 +28,7 @@ from lrcompile.verifying.manifest import sha256
 from lrcompile.verifying.strictjson import read_object
 from lrcompile.wording import listed
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
-from lrcompile.writing import atomic_folder
+from lrcompile.writing import atomic_folder, refuse_working_folder
 
 WEIGHTS, CARD = "quantized.safetensors", "quantized.json"
 _BESIDE = ("config.json", "generation_config.json", "classifier.json", "encoder/config.json")
@@ -46,9 +46,11 @@ def save_quantized(model: nn.Module, dir: str | os.PathLike[str]) -> Path:
     holds, and originals kept by `keep_base`, are not written. Returns the folder.
 
     Raises `ModelError` for a model that has adapters (`save` writes those), nothing quantized, values that are not
-    finite or on the meta device, or a folder that cannot be written; what was there before is then untouched.
+    finite or on the meta device, or a folder that cannot be written or that this process works in; what was there
+    before is then untouched.
     """
     refuse_wrapped(model, "save")
+    refuse_working_folder(dir, ModelError)
     with status(f"writing {os.fspath(dir)}"), atomic_folder(dir, keep=lambda _: True, error=ModelError) as folder:
         config: Any = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrcompile.allocating import BITS
 from lrcompile.budgets import NF4
 from lrcompile.coded import CodedLinear, Layout, attach_coded, coded_layout, is_coded
-from lrcompile.errors import AdapterError
+from lrcompile.errors import ModelError
 from lrcompile.integers.blocks import BLOCK_SIZES as INTEGER_BLOCKS
 from lrcompile.integers.modules import IntegerLayout, IntegerLinear
 from lrcompile.kernels.nf4_dequant import BLOCK_SIZES as NF4_BLOCKS
@@ -69,16 +69,16 @@ def _named(dtype: torch.dtype) -> str:
 def checked_maps(model: nn.Module, described: Any) -> dict[str, Map]:
     """What `described_maps` said, as something that `model`, still plain there, can be given. Nothing is allocated.
 
-    Raises `AdapterError` for a description that is malformed, `TargetError` for maps that the model does not have, or
+    Raises `ModelError` for a description that is malformed, `TargetError` for maps that the model does not have, or
     that cannot hold codes.
     """
     if not isinstance(described, dict) or not described:
-        raise AdapterError("the description of stored maps must name at least one")
+        raise ModelError("the description of stored maps must name at least one")
     for name, said in described.items():
         _check(name, said)
     modules, _ = chosen(model, "|".join(map(re.escape, described)), ())
     if odd := sorted(set(described) ^ set(modules)):
-        raise AdapterError(f"{', '.join(map(repr, odd[:8]))} stand for one module under two names, or for none")
+        raise ModelError(f"{', '.join(map(repr, odd[:8]))} stand for one module under two names, or for none")
     return {name: _map(modules[name], said) for name, said in described.items()}
 
 
@@ -86,19 +86,19 @@ def _check(name: str, said: Any) -> None:
     keys = {"form", "block_size", "dtype"}
     form = said.get("form") if isinstance(said, dict) else None
     if form not in _FORMS:
-        raise AdapterError(f"{name!r} is stored as {form!r}; expected one of {', '.join(_FORMS)}")
+        raise ModelError(f"{name!r} is stored as {form!r}; expected one of {', '.join(_FORMS)}")
     keys |= {"double_quant", "compute_dtype"} if form == NF4 else set()
     if set(said) != keys:
-        raise AdapterError(f"{name!r} must say exactly {', '.join(sorted(keys))}, not {', '.join(sorted(said))}")
+        raise ModelError(f"{name!r} must say exactly {', '.join(sorted(keys))}, not {', '.join(sorted(said))}")
     blocks = NF4_BLOCKS if form == NF4 else INTEGER_BLOCKS
     if type(said["block_size"]) is not int or said["block_size"] not in blocks:
-        raise AdapterError(f"{name!r} has block_size {said['block_size']!r}; expected one of {blocks}")
+        raise ModelError(f"{name!r} has block_size {said['block_size']!r}; expected one of {blocks}")
     if type(said.get("double_quant", False)) is not bool:
-        raise AdapterError(f"{name!r} has double_quant {said['double_quant']!r}; expected true or false")
+        raise ModelError(f"{name!r} has double_quant {said['double_quant']!r}; expected true or false")
     for key in ("dtype", "compute_dtype"):
         given = said.get(key)
         if not (isinstance(given, str) and given in _DTYPES) and not (key == "compute_dtype" and given is None):
-            raise AdapterError(f"{name!r} has {key} {given!r}; expected one of {', '.join(_DTYPES)}")
+            raise ModelError(f"{name!r} has {key} {given!r}; expected one of {', '.join(_DTYPES)}")
 
 
 def _map(module: nn.Module, said: Mapping[str, Any]) -> Map:

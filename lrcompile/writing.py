@@ -100,6 +100,14 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_working_folder(path: str | os.PathLike[str], error: type[LrcompileError]) -> None:
+    """Exchanging a folder would leave a process that works in it, or below, in the old one."""
+    if Path.cwd().is_relative_to(Path(os.path.realpath(path))):
+        raise error(
+            f"{os.fspath(path)!r} is (or holds) the working folder, which cannot be exchanged; give a sub-folder"
+        )
+
+
 def beside(target: Path) -> Path:
     """A hidden name in the same folder that nobody else has."""
     return target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")

@@ -215,10 +215,13 @@ def test_an_nf4_base_is_merged_by_what_layers_put_out_and_exported_in_the_form_a
     assert code == 2
     assert "optimise" in err
     assert not merged.exists()
-    texts = [word for text in ("some words", "and others", "to calibrate with", "abc xyz") for word in ("--text", text)]
-    code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", *texts)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"{word} {i}"}) for i in range(9) for word in ("some", "others")))
+    more = ("--data", texts, "--samples", 12, "--text", "to calibrate with")
+    code, out, err = run("merge", base, adapter, "--out", merged, "--into", "nf4", "--optimise", *more)
     assert code == 0, err
     assert "nearest codes" in out
+    assert "kept of the effect on the model's outputs" in out
     assert (merged / "quantized.safetensors").is_file()
     file = tmp_path / "m.onnx"
     code, _, err = run("export", merged, file, "--nf4-form", "int8", "--text", "one text", "--text", "another")

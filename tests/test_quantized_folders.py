@@ -156,6 +156,8 @@ def test_a_model_that_cannot_be_written_is_one_error_and_leaves_the_folder(tmp_p
     with pytest.raises(ModelError, match=r"NaN or infinite values: norm\.weight"):
         lrcompile.save_quantized(broken, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ModelError, match="working folder"):
+        lrcompile.save_quantized(quantized(), Path.cwd())
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ModelError, match="cannot write"):
         lrcompile.save_quantized(quantized(), tmp_path / "file")
@@ -321,6 +323,45 @@ def test_no_changed_byte_is_loaded(written, tmp_path, name):
             continue
         raise AssertionError(f"mutation {at} ({kind} at {where}) was loaded")
     assert bits(model) == before
+
+
+JUNK: list[Any] = [
+    None, True, -1, 0, 2**63, 10**400, 1e308, "", "x" * 5000, "../../etc/passwd", "nf4", "int8", "float64", "third", [],
+    {}, [[]], {"form": "nf4"}, ["float32"], "\u0000", "(a+)+$", 64, 128,
+]  # fmt: skip
+
+
+def test_a_card_changed_by_somebody_who_can_seal_it_leads_to_no_crash_and_no_other_shapes(written, tmp_path):
+    chance, folder, seen = random.Random(0), tmp_path / "m", {"refused": 0, "loaded": 0}
+    shutil.copytree(written, folder)
+    original = json.loads((written / CARD).read_text())
+    right = {name: value.shape for name, value in quantized().state_dict().items()}
+    for _ in range(300):
+        card = copy.deepcopy(original)
+        place = card
+        while True:
+            key = chance.choice(list(place))
+            if not (isinstance(place[key], dict) and place[key] and chance.random() < 0.8):
+                break
+            place = place[key]
+        what = chance.choice(["put", "drop", "rename"])
+        if what == "put":
+            place[key] = chance.choice(JUNK)
+        else:
+            value = place.pop(key)
+            if what == "rename":
+                place[str(chance.choice(JUNK))] = value
+        (folder / CARD).write_text(json.dumps(sealed(card)))
+        model = mixed(1)
+        try:
+            lrcompile.load_quantized(model, folder)
+        except LrcompileError:
+            seen["refused"] += 1
+            assert not any(map(is_coded, model.modules()))
+            continue
+        seen["loaded"] += 1  # another dtype to answer or to compute in, or nothing at all
+        assert {name: value.shape for name, value in model.state_dict().items()} == right
+    assert seen["refused"] > 200
 
 
 def _same_json(data: bytearray, whole: bytes) -> bool:
