@@ -17,6 +17,7 @@ from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import fingerprint, limits, ports, versions
 from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
+from lrcompile.links import followed
 from lrcompile.progress import status
 from lrcompile.verifying.manifest import SCHEMA
 from lrcompile.verifying.replay import working_dtype
@@ -106,9 +107,7 @@ def export(
     ones or all of the new. Adapters of an older model at `path` go with it.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ExportError(f"{os.fspath(path)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
+    path = _target(path)
     plan = Plan(adapters, into, quantize, nf4_form)
     if nf4_form != "exact" and path.suffix != ".onnx":
         raise ExportError(f"nf4_form={nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
@@ -120,8 +119,6 @@ def export(
         opset = check_opset(opset)
     elif opset is not None:
         raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
-    if not path.parent.is_dir():
-        raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
     if plan.adapters == "inputs" and path.suffix != ".onnx":
@@ -138,6 +135,18 @@ def export(
     return Export(path, manifest, model, example_inputs)
 
 
+def _target(given: str | os.PathLike[str]) -> Path:
+    """Where the file goes, and all that belongs to it beside it."""
+    path = followed(given)
+    if path.suffix not in SUFFIXES:
+        raise ExportError(f"{os.fspath(given)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
+    if path.is_symlink():
+        raise ExportError(f"{os.fspath(given)!r} is a link to {os.path.realpath(path)!r}, no {path.suffix}; remove it")
+    if not path.parent.is_dir():
+        raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
+    return path
+
+
 def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) -> tuple[Captured, dict[str, Any] | None]:
     """With a cache also what the manifest says about generating."""
     if not use_cache:
@@ -149,7 +158,7 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) ->
         given, varying = decoding.example(model, prompt)
         first = decoding.first_step(model, prompt)
     with decoding.decoding(model):
-        captured = capture(model, given, varying)
+        captured = capture(model, given, varying, free=("batch", "sequence", "past"))
         return replace(captured, examples=((), first)), decoding.described(model, given)
 
 

@@ -228,7 +228,7 @@ class OnnxRunner:
         for key, value in self._settings["config"].items():
             options.add_session_config_entry(key, value)
         # The bytes that were checked are the ones that run; external data is looked up in the same folder.
-        options.add_session_config_entry(_FOLDER, str(self._path.resolve().parent))
+        options.add_session_config_entry(_FOLDER, str(self._path.parent.resolve()))
         with typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
