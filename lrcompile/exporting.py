@@ -85,7 +85,8 @@ def export(
     one; "inputs" writes the base, and each adapter of the model as `<stem>.<adapter>.onnx_adapter` for ONNX Runtime's
     adapter API: per site A `[in, rank]` and s·B `[rank, out]` as inputs of the graph that have rank 0 as long as no
     adapter is active, gains that are then 1, and the base's values of what an adapter trained in full
-    (`lrcompile.run` runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"):
+    (`lrcompile.run` runs it, `lrcompile.export_adapter` adds to it). A fold that rounding to 16 bits would take more
+    than half of an update in is refused, as `merge` refuses it. `into` ("float32", "bfloat16", "float16"):
     what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the exported copy as NF4. `opset`: 18
     to 25.
 

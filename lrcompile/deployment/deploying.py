@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from lrcompile.checkpointing.base_print import print_of
 from lrcompile.deployment.declaring import Declared, Examples
+from lrcompile.deployment.erasing import refuse_erased
 from lrcompile.deployment.swapping import GraphInput, Slots, Swappable
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
@@ -123,6 +124,7 @@ def deploy(
     captured with `slots` in place of its adapters.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
+    Also, in either, for updates that rounding the folded weight would erase.
     """
     if slots is not None:
         return _deploy_slots(exported, slots, plan)
@@ -150,6 +152,7 @@ def deploy(
 
     declared = Declared((IntegersFromNf4.name, IntegerInputs.name), reference, examples)
     steps = {step.spec: step.result for step in pipeline.run(program, chain(seen, declared))}
+    refuse_erased(program)
     kept = (
         dict.fromkeys(seen.trained, "kept beside the weight")
         if form == "inline"
