@@ -177,8 +177,7 @@ def compare(a: Side, b: Side, inputs: list[Any], **options: Any) -> Verdict:
 
 
 def _other_weights(judge: Side, other: Side) -> list[str]:
-    """Where a file holds weights quantized that the model it is held against holds as floats: what to hold it against.
-    """
+    """What to hold a file against whose weights are quantized, where the model it was held against has floats."""
     if judge.module is None or other.file is None:
         return []
     manifest = described(other.file)

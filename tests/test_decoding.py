@@ -29,12 +29,23 @@ CONFIGS: dict[str, Any] = {
     "mistral": lambda: transformers.MistralConfig(**_TOKENS, **_SIZES, num_key_value_heads=2, sliding_window=5),
     # its table of masks bounds past and sequence together
     "gpt_neo": lambda: transformers.GPTNeoConfig(
-        **_TOKENS, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=96,
-        window_size=5, attention_types=[[["global", "local"], 1]],
+        **_TOKENS,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=96,
+        window_size=5,
+        attention_types=[[["global", "local"], 1]],
     ),
     # rotates queries and keys as complex numbers, and attends in chunks shorter than the answer
     "llama4": lambda: transformers.Llama4TextConfig(
-        **_TOKENS, **_SIZES, num_key_value_heads=2, num_local_experts=4, head_dim=8, intermediate_size_mlp=48,
+        **_TOKENS,
+        **_SIZES,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        head_dim=8,
+        intermediate_size_mlp=48,
         attention_chunk_size=16,
     ),
     "mixtral": lambda: transformers.MixtralConfig(**_TOKENS, **_SIZES, num_key_value_heads=2, num_local_experts=4),

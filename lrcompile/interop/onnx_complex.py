@@ -17,9 +17,7 @@ aten = torch.ops.aten
 def unsqueeze_pairs(program: ExportedProgram) -> int:
     """unsqueeze(z, d) = complex(unsqueeze(pairs(z), d)); returns how many there were."""
     found = [
-        node
-        for node in program.graph.nodes
-        if node.target is aten.unsqueeze.default and node.meta["val"].is_complex()
+        node for node in program.graph.nodes if node.target is aten.unsqueeze.default and node.meta["val"].is_complex()
     ]
     for node in found:
         value, axis = node.args

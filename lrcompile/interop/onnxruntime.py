@@ -180,13 +180,9 @@ class OnnxRunner:
 
     def outputs_of(self, model: onnx.ModelProto, inputs: Inputs) -> dict[str, Tensor]:
         """What `model`, a rewritten copy of this one, gives for the outputs."""
-        return self._run(
-            self._open(model), [output.name for output in self._model.graph.output], inputs, self.active
-        )
+        return self._run(self._open(model), [output.name for output in self._model.graph.output], inputs, self.active)
 
-    def extract(
-        self, inputs: Inputs, place: str | None
-    ) -> tuple[onnx.ModelProto, dict[str, Tensor], list[str]]:
+    def extract(self, inputs: Inputs, place: str | None) -> tuple[onnx.ModelProto, dict[str, Tensor], list[str]]:
         """The nodes behind a place as a model of its own, with its weights inside; what enters it; its outputs."""
         from lrcompile.interop.onnx_cutting import part
 
