@@ -121,6 +121,15 @@ def test_a_failing_capture_leaves_flags_and_config_too():
     assert model.training
 
 
+def test_an_output_that_is_a_size_is_refused_by_name():
+    class Sized(nn.Module):
+        def forward(self, x):
+            return {"y": x * 2, "rows": x.shape[0]}
+
+    with pytest.raises(ExportError, match="the output rows is a size"):
+        capture(Sized(), (torch.randn(3, 4),))
+
+
 def test_a_loop_over_values_is_an_error_that_does_not_speak_of_sizes():
     class Loops(nn.Module):
         def forward(self, x):

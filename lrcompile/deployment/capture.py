@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.export.graph_signature import ConstantArgument, OutputKind, SymIntArgument
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
@@ -236,6 +236,10 @@ def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
     names = leaf_names(program.call_spec.out_spec)
     kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
+    if sizes := [name for name, kind in zip(names, kinds, strict=True) if isinstance(kind, SymIntArgument)]:
+        raise ExportError(
+            f"the output {sizes[0]} is a size of the inputs, no tensor; a file returns tensors: leave it out"
+        )
     return tuple(name for name, kind in zip(names, kinds, strict=True) if not isinstance(kind, ConstantArgument))
 
 
