@@ -130,6 +130,28 @@ def test_an_output_that_is_a_size_is_refused_by_name():
         capture(Sized(), (torch.randn(3, 4),))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_is_written_is_refused_by_name(in_place):
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.BatchNorm1d(4)
+            self.calls = nn.Buffer(torch.zeros(()))
+
+        def forward(self, x):
+            if in_place:
+                self.calls.add_(1)
+            else:
+                self.calls = self.calls + 1
+            return self.inner(x) + self.calls
+
+    model = Counts()
+    with pytest.raises(ExportError, match=r"Counts.forward writes its buffer 'calls'"):
+        capture(model, (torch.randn(3, 4),))
+    assert model.calls == 0
+    assert capture(nn.BatchNorm1d(4), (torch.randn(3, 4),)).outputs == ("output",)  # in evaluation it only reads
+
+
 def test_a_loop_over_values_is_an_error_that_does_not_speak_of_sizes():
     class Loops(nn.Module):
         def forward(self, x):

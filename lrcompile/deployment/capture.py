@@ -70,6 +70,7 @@ def capture(
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             name = original_class(model).__name__
             raise ExportError(f"{name} could not be captured by torch.export: {_why(error, free)}") from error
+    _refuse_state(program, original_class(model).__name__)
     names = _dimension_names(program, shapes, bound)
     if tied := set(free) - set(names.values()):
         raise ExportError(f"{original_class(model).__name__} ties {', '.join(sorted(tied))} to other sizes or fixes it")
@@ -105,6 +106,20 @@ def _why(error: Exception, free: tuple[str, ...]) -> str:
         f"{error}\nIf the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
         "dimensions that may, in torch.export's form"
     )
+
+
+def _refuse_state(program: torch.export.ExportedProgram, name: str) -> None:
+    buffers = program.graph_signature.inputs_to_buffers
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for given, argument in zip(node.args, schema.arguments if schema is not None else (), strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and (buffer := buffers.get(getattr(given, "name", ""))) is not None:
+                raise ExportError(
+                    f"{name}.forward writes its buffer {buffer!r}; a file keeps nothing from one call to the next, and"
+                    " would compute each as if it were the first. Take it as an input and return it, or write it"
+                    " outside the forward"
+                )
 
 
 def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
