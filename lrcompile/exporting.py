@@ -110,20 +110,12 @@ def export(
     """
     path = _target(path)
     plan = Plan(adapters, into, quantize, nf4_form)
-    if nf4_form != "exact" and path.suffix != ".onnx":
-        raise ExportError(f"nf4_form={nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
     if path.suffix == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            require(package, "onnx")
-        from lrcompile.interop.onnx_lowering import check_opset
-
-        opset = check_opset(opset)
-    elif opset is not None:
-        raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
+        opset = _opset(opset)
+    else:
+        _refuse_onnx_only(path, plan, opset)
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
-    if plan.adapters == "inputs" and path.suffix != ".onnx":
-        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
         with status(f"capturing {type(model).__name__}"):
@@ -146,6 +138,24 @@ def _target(given: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
     return path
+
+
+def _opset(given: int | None) -> int:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "onnx")
+    from lrcompile.interop.onnx_lowering import check_opset
+
+    return check_opset(given)
+
+
+def _refuse_onnx_only(path: Path, plan: Plan, opset: int | None) -> None:
+    """Refuse arguments that mean nothing for a package."""
+    if plan.nf4_form != "exact":
+        raise ExportError(f"nf4_form={plan.nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
+    if plan.adapters == "inputs":
+        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
+    if opset is not None:
+        raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
 
 
 def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) -> tuple[Captured, dict[str, Any] | None]:

@@ -158,16 +158,7 @@ def deploy(
         if form == "inline"
         else _kept(steps.get(MergeAdapters.name))
     )
-    if kept and plan.adapters == "merge":
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
-        raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
-    if plan.quantize and not seen.nf4:
-        raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
-    if plan.nf4_form != "exact" and not (seen.nf4 or of_integers):
-        raise ExportError(
-            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
-            " model, or give quantize='nf4'"
-        )
+    _refuse_undone(plan, kept, seen.nf4, of_integers)
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(
@@ -179,6 +170,20 @@ def deploy(
         stored=DTYPES.get(plan.into or ""),
         declared=declared if integers else None,
     )
+
+
+def _refuse_undone(plan: Plan, kept: dict[str, str], nf4: list[str], of_integers: list[str]) -> None:
+    """Refuse where something was asked for and there was nothing to do it to, or it could not be done everywhere."""
+    if kept and plan.adapters == "merge":
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
+        raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
+    if plan.quantize and not nf4:
+        raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
+    if plan.nf4_form != "exact" and not (nf4 or of_integers):
+        raise ExportError(
+            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
+            " model, or give quantize='nf4'"
+        )
 
 
 def _refuse_broken(exported: ExportedProgram) -> None:
