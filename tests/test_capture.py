@@ -133,10 +133,12 @@ def test_an_output_that_is_a_size_is_refused_by_name():
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_buffer_that_is_written_is_refused_by_name(in_place):
     class Counts(nn.Module):
+        calls: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.inner = nn.BatchNorm1d(4)
-            self.calls = nn.Buffer(torch.zeros(()))
+            self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x):
             if in_place:

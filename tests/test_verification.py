@@ -105,9 +105,14 @@ def test_the_verdict_is_given_for_evaluation_mode_and_flags_are_restored() -> No
 
 def test_a_model_that_keeps_count_is_judged_by_one_call_and_left_as_it_was() -> None:
     class Counts(nn.Module):
+        calls: Tensor
+        seen: Tensor
+
         def __init__(self) -> None:
             super().__init__()
-            self.fc, self.calls, self.seen = nn.Linear(6, 4), nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
+            self.fc = nn.Linear(6, 4)
+            for name in ("calls", "seen"):
+                self.register_buffer(name, torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
