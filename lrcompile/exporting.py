@@ -17,6 +17,7 @@ from lrcompile.deployment.deploying import Deployed, Plan, deploy
 from lrcompile.deployment.describing import fingerprint, limits, ports, versions
 from lrcompile.deployment.swapping import slotted
 from lrcompile.errors import ExportError, require
+from lrcompile.links import followed
 from lrcompile.progress import status
 from lrcompile.verifying.manifest import SCHEMA
 from lrcompile.verifying.replay import working_dtype
@@ -84,7 +85,8 @@ def export(
     one; "inputs" writes the base, and each adapter of the model as `<stem>.<adapter>.onnx_adapter` for ONNX Runtime's
     adapter API: per site A `[in, rank]` and s·B `[rank, out]` as inputs of the graph that have rank 0 as long as no
     adapter is active, gains that are then 1, and the base's values of what an adapter trained in full
-    (`lrcompile.run` runs it, `lrcompile.export_adapter` adds to it). `into` ("float32", "bfloat16", "float16"):
+    (`lrcompile.run` runs it, `lrcompile.export_adapter` adds to it). A fold that rounding to 16 bits would take more
+    than half of an update in is refused, as `merge` refuses it. `into` ("float32", "bfloat16", "float16"):
     what a merge makes of NF4 weights. `quantize="nf4"` stores the linear maps of the exported copy as NF4. `opset`: 18
     to 25.
 
@@ -106,26 +108,14 @@ def export(
     ones or all of the new. Adapters of an older model at `path` go with it.
     Raises ExportError (what cannot be captured, folded, lowered or written), MissingDependencyError.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ExportError(f"{os.fspath(path)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
+    path = _target(path)
     plan = Plan(adapters, into, quantize, nf4_form)
-    if nf4_form != "exact" and path.suffix != ".onnx":
-        raise ExportError(f"nf4_form={nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
     if path.suffix == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            require(package, "onnx")
-        from lrcompile.interop.onnx_lowering import check_opset
-
-        opset = check_opset(opset)
-    elif opset is not None:
-        raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
-    if not path.parent.is_dir():
-        raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
+        opset = _opset(opset)
+    else:
+        _refuse_onnx_only(path, plan, opset)
     refuse_wrapped(model, "export")
     refuse_meta(model, "export", ExportError)
-    if plan.adapters == "inputs" and path.suffix != ".onnx":
-        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
     write = _write_onnx if path.suffix == ".onnx" else _write_package
     with slotted(model) if plan.adapters == "inputs" else nullcontext() as slots:  # a program's tensors are the model's
         with status(f"capturing {type(model).__name__}"):
@@ -136,6 +126,36 @@ def export(
         manifest = _manifest(path, model, plan, captured, deployed) | ({"generation": generation} if generation else {})
         write(path, captured, deployed, manifest, opset)
     return Export(path, manifest, model, example_inputs)
+
+
+def _target(given: str | os.PathLike[str]) -> Path:
+    """Where the file goes, and all that belongs to it beside it."""
+    path = followed(given)
+    if path.suffix not in SUFFIXES:
+        raise ExportError(f"{os.fspath(given)!r} ends in {path.suffix!r}: the formats are {' and '.join(SUFFIXES)}")
+    if path.is_symlink():
+        raise ExportError(f"{os.fspath(given)!r} is a link to {os.path.realpath(path)!r}, no {path.suffix}; remove it")
+    if not path.parent.is_dir():
+        raise ExportError(f"the folder {os.fspath(path.parent)!r} does not exist; create it first")
+    return path
+
+
+def _opset(given: int | None) -> int:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "onnx")
+    from lrcompile.interop.onnx_lowering import check_opset
+
+    return check_opset(given)
+
+
+def _refuse_onnx_only(path: Path, plan: Plan, opset: int | None) -> None:
+    """Refuse arguments that mean nothing for a package."""
+    if plan.nf4_form != "exact":
+        raise ExportError(f"nf4_form={plan.nf4_form!r} is for .onnx; in {path.name} NF4 weights are decoded exactly")
+    if plan.adapters == "inputs":
+        raise ExportError(f"adapters='inputs' is for .onnx; {path.name} would have no inputs with defaults")
+    if opset is not None:
+        raise ExportError(f"opset={opset!r} is for .onnx; {path.name} is an AOTInductor package")
 
 
 def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) -> tuple[Captured, dict[str, Any] | None]:
@@ -149,7 +169,7 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, use_cache: bool) ->
         given, varying = decoding.example(model, prompt)
         first = decoding.first_step(model, prompt)
     with decoding.decoding(model):
-        captured = capture(model, given, varying)
+        captured = capture(model, given, varying, free=("batch", "sequence", "past"))
         return replace(captured, examples=((), first)), decoding.described(model, given)
 
 

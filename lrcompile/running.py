@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrcompile.deployment.decoding import PAST, POSITIONS, positions
 from lrcompile.errors import AdapterError, VerificationError, require
+from lrcompile.links import followed
 from lrcompile.verifying.manifest import Artefact, artefact
 from lrcompile.verifying.runners import runner
 
@@ -31,7 +32,7 @@ def run(path: str | os.PathLike[str], adapters: str | Iterable[str] = (), *, thr
     Raises VerificationError for a file that is missing, unsafe, or not the one its manifest describes; AdapterError for
     an adapter that is; MissingDependencyError.
     """
-    path = Path(path)
+    path = followed(path)
     found = artefact(path)
     if found.stale:
         raise VerificationError(f"{path} is not run: {'; '.join(found.stale)}. Export it again")

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import lrcompile
 from lrcompile.demo.opening import Opened, open_model
 from lrcompile.errors import VerificationError
+from lrcompile.links import followed
 from lrcompile.verifying.golden_files import (
     DATA,
     MANIFEST,
@@ -63,7 +64,7 @@ class Side:
 
 def open_side(text: str, *, base: str | None = None, adapter: str | None = None, build: str | None = None) -> Side:
     """What `text` names. Raises `LrcompileError` naming what is missing."""
-    path = Path(text)
+    path = followed(text)
     if path.suffix in (".onnx", ".pt2"):
         if not path.is_file():
             raise VerificationError(f"there is no file {path}")
@@ -168,11 +169,38 @@ def compare(a: Side, b: Side, inputs: list[Any], **options: Any) -> Verdict:
     else:
         reference = judge.file if judge.file is not None else RecordedRunner(judge.recorded or [], judge.label)
     options["limits"] = options.get("limits") or a.limits or b.limits
-    note = f"{a.label} is no module: its counterpart {b.label} is the reference" if judge is b else None
     verdict = lrcompile.verify(reference, candidates, inputs, **options)
-    if note is None:
-        return verdict
-    return dataclasses.replace(verdict, note="; ".join(part for part in (note, verdict.note) if part))
+    notes = [f"{a.label} is no module: its counterpart {b.label} is the reference"] if judge is b else []
+    notes += [verdict.note] if verdict.note else []
+    notes += [] if verdict.ok else _other_weights(judge, other)
+    return dataclasses.replace(verdict, note="; ".join(notes) or None)
+
+
+def _other_weights(judge: Side, other: Side) -> list[str]:
+    """What to hold a file against whose weights are quantized, where the model it was held against has floats."""
+    if judge.module is None or other.file is None:
+        return []
+    manifest = described(other.file)
+    stored = [*_names(manifest.get("nf4")), *_names(manifest.get("integers"))]
+    floats = {name for name, parameter in judge.module.named_parameters() if parameter.is_floating_point()}
+    rounded = [site for site in stored if f"{site}.weight".lstrip(".") in floats]
+    if not rounded:
+        return []
+    where = "the model as it was quantized before the export"
+    if manifest.get("quantize"):
+        adapters = manifest.get("adapters")
+        folded = isinstance(adapters, dict) and bool(adapters.get("folded"))
+        merged = "its adapter merged into it (lrcompile merge MODEL ADAPTER --out DIR), and then " if folded else ""
+        where = f"the model with {merged}its weights quantized (lrcompile quantize MODEL --out DIR)"
+    return [
+        f"{other.label} holds {len(rounded)} weights quantized ({rounded[0]}, …), as its manifest says, and"
+        f" {judge.label} holds them as floats, so what quantizing changed counts as error here. What it computes is"
+        f" held fairly against {where}: lrcompile verify DIR {other.label}"
+    ]
+
+
+def _names(listed: Any) -> list[str]:
+    return [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
 
 
 def _same(one: Any, other: Any) -> bool:

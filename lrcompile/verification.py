@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import ExportError, VerificationError
+from lrcompile.links import followed
 from lrcompile.progress import status
 from lrcompile.state import acting
 from lrcompile.verifying.comparing import Expected
@@ -79,7 +80,9 @@ def verify(
 
         refuse_used(repro)
     sets = input_sets(inputs)
-    rungs = dict(candidate) if isinstance(candidate, Mapping) else {"candidate": candidate}
+    reference, base = _lying(reference), _lying(base)
+    given = candidate if isinstance(candidate, Mapping) else {"candidate": candidate}
+    rungs = {name: _lying(value) for name, value in given.items()}
     if not rungs:
         raise VerificationError("the mapping of candidates is empty; give at least one")
     manifests = {name: artefact(value) for name, value in rungs.items()}
@@ -91,6 +94,10 @@ def verify(
     limits = limits or next((entry.limits for entry in reversed(described) if entry.limits), Limits())
     with _as_decoders(manifests, reference, base, sets) as sets:
         return _climbed(reference, runners, sets, described, limits, base, outputs, locate, repro)
+
+
+def _lying(side: Any) -> Any:
+    return followed(side) if isinstance(side, str | os.PathLike) else side
 
 
 @contextmanager

@@ -121,6 +121,85 @@ def test_a_failing_capture_leaves_flags_and_config_too():
     assert model.training
 
 
+def test_an_output_that_is_a_size_is_refused_by_name():
+    class Sized(nn.Module):
+        def forward(self, x):
+            return {"y": x * 2, "rows": x.shape[0]}
+
+    with pytest.raises(ExportError, match="the output rows is a size"):
+        capture(Sized(), (torch.randn(3, 4),))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_is_written_is_refused_by_name(in_place):
+    class Counts(nn.Module):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.BatchNorm1d(4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if in_place:
+                self.calls.add_(1)
+            else:
+                self.calls = self.calls + 1
+            return self.inner(x) + self.calls
+
+    model = Counts()
+    with pytest.raises(ExportError, match=r"Counts.forward writes its buffer 'calls'"):
+        capture(model, (torch.randn(3, 4),))
+    assert model.calls == 0
+    assert capture(nn.BatchNorm1d(4), (torch.randn(3, 4),)).outputs == ("output",)  # in evaluation it only reads
+
+
+def test_a_loop_over_values_is_an_error_that_does_not_speak_of_sizes():
+    class Loops(nn.Module):
+        def forward(self, x):
+            for index in (x > 0).nonzero():
+                x = x + index.sum()
+            return x
+
+    with pytest.raises(ExportError, match="depends on the values of its inputs") as caught:
+        capture(Loops(), (torch.randn(3, 4),))
+    assert "dynamic_shapes" not in str(caught.value)
+
+
+class Table(nn.Module):
+    """A row for each of `past + sequence` positions, of which there are ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Buffer(torch.arange(10.0))
+
+    def forward(self, x, past):
+        whole = past.shape[1] + x.shape[1]
+        return x + self.rows[:whole][past.shape[1] :]
+
+
+def test_free_sizes_may_be_bounded_together_but_not_tied():
+    batch, sequence, past = Dim("batch"), Dim("sequence"), Dim("past")
+    given = {"x": torch.ones(2, 3), "past": torch.ones(2, 4)}
+    shapes = {"x": {0: batch, 1: sequence}, "past": {0: batch, 1: past}}
+    with pytest.raises(ExportError, match="Constraints violated"):
+        capture(Table(), given, shapes)
+    captured = capture(Table(), given, shapes, free=("batch", "sequence", "past"))
+    assert set(captured.dimensions.values()) == {"batch", "sequence", "past"}
+    assert captured.limits == {}
+    program = captured.program.module()
+    for sizes in ((3, 2, 8), (2, 7, 2), (5, 3, 3)):
+        other = {"x": torch.zeros(sizes[0], sizes[1]), "past": torch.zeros(sizes[0], sizes[2])}
+        assert torch.equal(program(**other), Table()(**other)), sizes
+
+    class Tied(Table):
+        def forward(self, x, past):
+            return x + past
+
+    with pytest.raises(ExportError, match=r"ties (past|sequence) to other sizes"):
+        capture(Tied(), {name: torch.ones(2, 3) for name in given}, shapes, free=("batch", "sequence", "past"))
+
+
 def test_a_dimension_that_cannot_vary_is_an_error_that_says_what_to_do():
     class Fixed(nn.Module):
         def forward(self, x):

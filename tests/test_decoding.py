@@ -27,6 +27,27 @@ CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(**_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=96),
     # the window is shorter than a prompt, so the masking of what lies outside it is on the way
     "mistral": lambda: transformers.MistralConfig(**_TOKENS, **_SIZES, num_key_value_heads=2, sliding_window=5),
+    # its table of masks bounds past and sequence together
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_TOKENS,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=96,
+        window_size=5,
+        attention_types=[[["global", "local"], 1]],
+    ),
+    # rotates queries and keys as complex numbers, and attends in chunks shorter than the answer
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_TOKENS,
+        **_SIZES,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        attention_chunk_size=16,
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**_TOKENS, **_SIZES, num_key_value_heads=2, num_local_experts=4),
 }
 

@@ -181,3 +181,21 @@ def test_an_adapter_that_diverged_is_refused_by_name(form, tmp_path):
     with pytest.raises(lrcompile.ExportError, match=r"at 1 holds NaN"):
         lrcompile.export(model, tmp_path / "m.onnx", (torch.randn(2, 5),), adapters=form)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)], ids=str)
+def test_an_update_that_rounding_erases_is_not_folded(dtype, size):
+    model, x = _model(dtype=dtype), X.to(dtype)
+    with torch.no_grad():
+        for name in ("0", "2"):
+            model.get_submodule(name).lrcompile_adapters["weight"]["default"].B.mul_(size)
+    with pytest.raises(lrcompile.MergeError) as theirs:
+        lrcompile.merge(model)
+    for adapters in ("merge", "auto"):
+        with pytest.raises(ExportError, match=r"at 2 weights in all, also at (0|2)\.weight.*adapters='inline'") as ours:
+            _deploy(model, x, adapters=adapters)
+        assert str(ours.value).split(" of the update")[0] == str(theirs.value).split(" of the update")[0]
+    assert _deploy(model, x, adapters="inline").adapters["inline"].keys() == {"0", "2"}
+    lrcompile.merge(model, limit=float("inf"))
+    _deploy(model, x, adapters="merge")  # accepted
+    assert _deploy(_model(), X, adapters="merge").adapters["folded"] == ["0", "2"]

@@ -21,6 +21,8 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
+from zoo.small import padded, small  # noqa: E402  (needs the packages above)
+
 IN, HIDDEN, OUT, RANK = 10, 23, 7, 3
 
 
@@ -229,42 +231,21 @@ def test_a_changed_file_does_not_verify(tmp_path):
     assert not exported.verify().ok
 
 
-def _family(name: str) -> Any:
-    torch.manual_seed(0)
-    small = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
-    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    if name == "bert":
-        config = transformers.BertConfig(**small, **layers, max_position_embeddings=40, num_labels=5)
-        return transformers.BertForSequenceClassification(config)
-    if name == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **layers, num_key_value_heads=2))
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**small, n_embd=32, n_layer=2, n_head=4, n_positions=40)
-    )
-
-
-def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows * length)
-    mask = torch.ones(rows, length, dtype=torch.long)
-    mask[-1, length - length // 3 :] = 0
-    return {"input_ids": torch.randint(3, 99, (rows, length), generator=generator), "attention_mask": mask}
-
-
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
 )
 def test_transformers_models_export_with_their_names_and_any_batch_and_length(tmp_path, family):
-    model = _adapted(_family(family))
+    model = _adapted(small(family, layers=2))
     before = _state(model)
-    exported = lrcompile.export(model, tmp_path / "m.onnx", _batch(1, 8))
+    exported = lrcompile.export(model, tmp_path / "m.onnx", padded(1, 8))
     assert _same(before, _state(model))
-    assert model.config.to_dict() == _family(family).config.to_dict()
+    assert model.config.to_dict() == small(family, layers=2).config.to_dict()
     assert [port["name"] for port in exported.manifest["inputs"]] == ["input_ids", "attention_mask"]
     assert [port["name"] for port in exported.manifest["outputs"]] == ["logits"]
     assert exported.manifest["adapters"]["inline"] == {}
     assert len(exported.manifest["adapters"]["folded"]) >= 8
     for shape in ((1, 1), (3, 8), (5, 13)):
-        verdict = exported.verify(_batch(*shape))
+        verdict = exported.verify(padded(*shape))
         assert verdict.ok, verdict
 
 
@@ -276,13 +257,13 @@ def test_adapters_of_experts_are_folded_into_the_stack_or_stay_beside_it(tmp_pat
         num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = _adapted(transformers.MixtralForCausalLM(config), targets=["gate_up_proj", "down_proj", "q_proj"])
-    ids = {"input_ids": _batch(2, 7)["input_ids"]}
+    ids = {"input_ids": padded(2, 7)["input_ids"]}
     exported = lrcompile.export(model, tmp_path / "m.onnx", ids, adapters=form)
     sites = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
     sites.add("model.layers.0.self_attn.q_proj")
     kept, folded = (set(exported.manifest["adapters"][name]) for name in ("inline", "folded"))
     assert (folded, kept) == ((sites, set()) if form == "merge" else (set(), sites))
-    verdict = exported.verify({"input_ids": _batch(3, 9)["input_ids"]})
+    verdict = exported.verify({"input_ids": padded(3, 9)["input_ids"]})
     assert verdict.ok, verdict
     assert verdict.adapter_relative_error is not None
     assert verdict.adapter_relative_error < 1e-5
@@ -300,7 +281,7 @@ def test_caches_and_experts_are_set_aside_only_while_exporting(tmp_path):
     encoder_decoder = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     )
-    ids = _batch(2, 7)["input_ids"]
+    ids = padded(2, 7)["input_ids"]
     for model, inputs in (
         (mixture, {"input_ids": ids}),
         (encoder_decoder, {"input_ids": ids, "decoder_input_ids": ids}),
@@ -324,7 +305,7 @@ def test_labels_that_are_the_inputs_stay_an_input_of_their_own(tmp_path):
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
             return {"loss": loss, "logits": logits}
 
-    model, ids = Agreement(), _batch(2, 6)["input_ids"]
+    model, ids = Agreement(), padded(2, 6)["input_ids"]
     exported = lrcompile.export(model, tmp_path / "m.onnx", {"input_ids": ids, "labels": ids})
     labels = (ids + 7) % 99
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lrcompile
 from lrcompile.errors import VerificationError
 from lrcompile.verifying.float64 import float64_copy, float64_mode, widen_inputs
 from lrcompile.verifying.replay import Deviation, perturbed, unit_roundoff, working_dtype
@@ -198,7 +199,6 @@ def test_replays_are_the_same_for_a_seed_and_differ_between_seeds() -> None:
 
 
 def test_an_nf4_linear_is_replayed_with_its_dequantized_weight() -> None:
-    import lrcompile
     from lrcompile.quantizing import nf4_weight
 
     layer = lrcompile.quantize(nn.Sequential(nn.Linear(70, 9)), "nf4")
@@ -215,8 +215,6 @@ def test_an_nf4_linear_is_replayed_with_its_dequantized_weight() -> None:
 
 
 def test_an_nf4_linear_that_computes_in_bfloat16_is_held_to_bfloat16() -> None:
-    import lrcompile
-
     layer = lrcompile.quantize(nn.Sequential(nn.Linear(70, 9)), "nf4", compute_dtype="bfloat16")
     x, twin = torch.randn(4, 70).double(), float64_copy(layer)
     with float64_mode():
@@ -231,6 +229,17 @@ def test_the_working_dtype_is_the_majoritys_not_the_coarsest() -> None:
     assert working_dtype(model) == torch.float32
     assert working_dtype(model.bfloat16()) == torch.bfloat16
     assert working_dtype(nn.ReLU(), (torch.ones(1).bfloat16(),)) == torch.bfloat16
+
+
+def test_the_working_dtype_is_the_bases_whatever_its_adapters_train_in() -> None:
+    model = nn.Sequential(nn.Linear(9, 9)).bfloat16()
+    lrcompile.apply(model, lrcompile.spec("lora", rank=9, targets=["0"], dtype="float32"))
+    kinds = [parameter.dtype for parameter in model.parameters() for _ in range(parameter.numel())]
+    assert kinds.count(torch.float32) > kinds.count(torch.bfloat16)
+    assert working_dtype(model) == torch.bfloat16
+    codes = lrcompile.quantize(nn.Sequential(nn.Linear(70, 9, bias=False)).bfloat16(), "nf4")
+    lrcompile.apply(codes, lrcompile.spec("lora", rank=9, targets=["0"], dtype="float32"))
+    assert working_dtype(codes, (torch.ones(2, 70),)) == torch.bfloat16
 
 
 def test_a_bound_is_never_under_one_correct_rounding_of_the_result() -> None:

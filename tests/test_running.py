@@ -92,6 +92,32 @@ def test_a_file_that_is_not_its_manifests_is_not_run(tmp_path, pair):
         lrcompile.run(tmp_path / "m.manifest.json")
 
 
+def test_a_link_stands_for_the_model_it_points_at_and_all_that_belongs_to_it(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir(), here.mkdir()
+    inputs, wide = {"input": torch.randn(2, 40)}, [nn.Linear(40, 500).eval() for _ in range(2)]  # beyond 64 KiB
+    link = here / "latest.onnx"
+    link.symlink_to(there / "v1.onnx")
+    for model in wide:  # the second replaces the first
+        exported = lrcompile.export(model, link, inputs)
+        assert exported.path == there / "v1.onnx"
+        assert [entry.name for entry in here.iterdir()] == ["latest.onnx"]
+        assert len(list(there.iterdir())) == 3  # the model, its data and its manifest
+        assert lrcompile.verify(model, link, inputs).ok
+        assert torch.equal(lrcompile.run(link)(inputs)["output"], lrcompile.run(exported.path)(inputs)["output"])
+    assert not lrcompile.verify(wide[0], link, inputs).ok
+
+
+def test_a_link_to_a_name_without_the_suffix_is_read_as_it_stands_and_not_written(tmp_path, pair):
+    blob, link = tmp_path / "0f3a", tmp_path / "m.onnx"
+    blob.write_bytes(pair[1].read_bytes())
+    link.symlink_to(blob)
+    assert lrcompile.run(link)(_x(2), _x(2)[:, :1])["y"].shape == (2, 3)
+    with pytest.raises(lrcompile.ExportError, match=r"is a link to .*0f3a.*remove it"):
+        lrcompile.export(pair[0], link, (_x(2), _x(2)[:, :1]))
+    assert blob.read_bytes() == pair[1].read_bytes()
+
+
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory) -> Any:
     torch.manual_seed(3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +153,47 @@ def test_two_graphs_are_held_to_the_rounding_of_the_first_and_a_lost_adapter_is_
     code, out, _ = run("verify", "merged.onnx", "base.onnx", "--inputs", "in.npz")
     assert code == 1
     assert "first divergence: 0, made by Gemm" in out
+
+
+def test_of_two_graphs_each_places_own_error_is_told_from_what_it_inherits(plain: Path, tmp_path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(plain / "merged.onnx")
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("0.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(1.01 * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    x = (torch.randn(6, 12),)
+    verdict = verify(plain / "merged.onnx", tmp_path / "wrong.onnx", x, repro=tmp_path / "repro")
+    assert not verdict.ok
+    found = {place.name: place for place in verdict.places if not place.name.startswith("entering")}
+    assert list(found) == ["0", "1", "2"]
+    assert all(place.bound_ratio > 1000 for place in found.values())
+    assert found["0"].local_ratio == pytest.approx(found["0"].bound_ratio, rel=0.1)
+    assert all(own is not None and own < 8 for own in (found["1"].local_ratio, found["2"].local_ratio))
+    assert "of it its own" in str(verdict)
+    alone = subprocess.run([sys.executable, tmp_path / "repro" / "run.py"], capture_output=True, text=True)
+    assert alone.returncode == 1, alone.stdout + alone.stderr
+
+
+def test_a_float_model_held_against_quantized_weights_says_what_to_hold_instead(
+    run: Run, made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(made)
+    options = ("--inputs", "in.npz")
+    file, merged, stored = tmp_path / "q.onnx", tmp_path / "merged", tmp_path / "stored"
+    export = ("export", "base", file, "--adapter", "adapter", "--adapters", "merge", "--quantize", "nf4", *options)
+    assert run(*export)[0] == 0
+    code, out, err = run("verify", "base", file, "--adapter", "adapter", *options)
+    assert code == 1, out + err
+    assert "weights quantized (encoder.layer.0" in out
+    assert "lrcompile merge MODEL ADAPTER --out DIR" in out
+    assert "lrcompile quantize MODEL --out DIR" in out
+    assert run("merge", "base", "adapter", "--out", merged)[0] == 0
+    assert run("quantize", merged, "--out", stored)[0] == 0
+    code, out, err = run("verify", stored, file, *options)  # as it said
+    assert code == 0, out + err
+    code, out, _ = run("verify", "base", "model.onnx", *options)  # wrong for another reason
+    assert (code, "weights quantized" in out) == (1, False)
 
 
 def test_between_graphs_of_other_exporters_places_are_values_by_name(plain: Path, tmp_path: Path) -> None:

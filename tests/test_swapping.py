@@ -20,7 +20,9 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
-from lrcompile.interop import onnx_writing  # noqa: E402  (needs the packages above)
+from zoo.small import TOKENS, padded, sizes, small  # noqa: E402  (needs the packages above)
+
+from lrcompile.interop import onnx_writing  # noqa: E402
 
 IN, HIDDEN, OUT = 18, 23, 7
 SITES = ["0", "3"]
@@ -217,50 +219,28 @@ def test_weights_that_are_quantized_on_the_way_out_carry_no_gains_made_of_others
     assert list(tmp_path.iterdir()) == []
 
 
-SMALL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
-LAYER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-def _family(name: str) -> Any:
-    torch.manual_seed(0)
-    if name == "bert":
-        config = transformers.BertConfig(**SMALL, **LAYER, max_position_embeddings=40, num_labels=5)
-        return transformers.BertForSequenceClassification(config)
-    if name == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **LAYER, num_key_value_heads=2))
-    config = transformers.GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=4, n_positions=40)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows * length)
-    mask = torch.ones(rows, length, dtype=torch.long)
-    mask[-1, length - length // 3 :] = 0
-    return {"input_ids": torch.randint(3, 99, (rows, length), generator=generator), "attention_mask": mask}
-
-
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
 )
 def test_models_of_transformers_with_every_kind_of_adapter(tmp_path, family):
-    model = _family(family)
+    model = small(family, layers=1)
     fields: dict[str, Any] = {"targets": "all-linear"}
     head: dict[str, Any] = {"train_modules": ["classifier"]} if family == "bert" else {}
     _add(model, "lora", rank=4, **fields, **head)
     _add(model, "dora", "dora", rank=2, **fields)
     _add(model, "rslora", "rslora", rank=16, **fields)
     _add(model, "vera", "vera", rank=24, **fields)
-    path = lrcompile.export(model, tmp_path / "m.onnx", _batch(2, 8), adapters="inputs").path
+    path = lrcompile.export(model, tmp_path / "m.onnx", padded(2, 8), adapters="inputs").path
     for name in ("lora", "dora", "rslora", "vera"):
-        _holds(model, path, name, inputs=_batch(3, 5))
-    frozen = lrcompile.export(_family(family), tmp_path / "base.onnx", _batch(2, 8)).path
-    feed = {name: value.numpy() for name, value in _batch(5, 13).items()}
+        _holds(model, path, name, inputs=padded(3, 5))
+    frozen = lrcompile.export(small(family, layers=1), tmp_path / "base.onnx", padded(2, 8)).path
+    feed = {name: value.numpy() for name, value in padded(5, 13).items()}
     assert np.array_equal(_as_written(path, feed), _as_written(frozen, feed))
 
 
 def test_a_decoder_generates_the_tokens_of_the_adapter_it_is_given(tmp_path):
     """Each step binds its inputs; ONNX Runtime leaves active adapters out of such a run without a word."""
-    model, ids = _family("llama"), _batch(2, 6)["input_ids"]
+    model, ids = small("llama", layers=1), padded(2, 6)["input_ids"]
     _add(model, "lora", rank=4, targets="all-linear")
     _add(model, "dora", "dora", rank=2, targets="all-linear")
     exported = lrcompile.export(model, tmp_path / "m.onnx", {"input_ids": ids}, adapters="inputs", use_cache=True)
@@ -283,8 +263,8 @@ def test_a_decoder_generates_the_tokens_of_the_adapter_it_is_given(tmp_path):
 
 @pytest.mark.slow
 def test_adapters_of_experts_and_embeddings_are_inputs_too(tmp_path):
-    config = transformers.MixtralConfig(**SMALL, **LAYER, num_key_value_heads=2, num_local_experts=4)
-    model, ids = transformers.MixtralForCausalLM(config), {"input_ids": _batch(2, 7)["input_ids"]}
+    config = transformers.MixtralConfig(**TOKENS, **sizes(1), num_key_value_heads=2, num_local_experts=4)
+    model, ids = transformers.MixtralForCausalLM(config), {"input_ids": padded(2, 7)["input_ids"]}
     targets = ["gate_up_proj", "down_proj", "embed_tokens", "q_proj"]
     _add(model, "lora", rank=3, targets=targets)
     exported = lrcompile.export(model, tmp_path / "m.onnx", ids, adapters="inputs")

@@ -103,6 +103,33 @@ def test_the_verdict_is_given_for_evaluation_mode_and_flags_are_restored() -> No
     assert all(module.training for module in model.modules())
 
 
+def test_a_model_that_keeps_count_is_judged_by_one_call_and_left_as_it_was() -> None:
+    class Counts(nn.Module):
+        calls: Tensor
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+            for name in ("calls", "seen"):
+                self.register_buffer(name, torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen = self.seen + len(x)
+            return self.fc(x) + self.calls + self.seen
+
+    model = Counts()
+    other, x = copy.deepcopy(model), (torch.randn(3, 6),)
+    assert verify(model, other, x).ok
+    with torch.no_grad():
+        other.fc.weight.mul_(1.5)
+    verdict = verify(model, other, x)  # counting on, float64 replays would differ by whole numbers: any weight would do
+    assert not verdict.ok
+    assert verdict.bound_ratio > 1e4
+    assert [float(each) for each in (model.calls, model.seen, other.calls, other.seen)] == [0, 0, 0, 0]
+
+
 def test_inputs_are_cloned_and_two_names_for_one_tensor_stay_two_tensors() -> None:
     class Writes(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.export.graph_signature import ConstantArgument, OutputKind, SymIntArgument
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import ExportError, VerificationError
@@ -41,12 +42,16 @@ class Captured:
     shapes: Any  # what varies, in torch.export's form
 
 
-def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None, *, free: tuple[str, ...] = ()
+) -> Captured:
     """The program of `model(*args)` or `model(**kwargs)` in evaluation mode; the model is left exactly as it was.
 
     `dynamic_shapes`: None makes dimension 0 of every tensor and dimension 1 of integer tensors vary, "static" freezes
     all sizes, anything else is handed to `torch.export`. Inputs that are not tensors are constants of the program.
-    Raises ExportError when the inputs do not fit, the model cannot be captured, or a size that should vary cannot.
+    `free`: the names of those sizes that have to vary each by itself, but may be bounded together (past + sequence by
+    a table of positions), for which `torch.export` has no form. Raises ExportError when the inputs do not fit, the
+    model cannot be captured, or a size that should vary cannot.
     """
     args, kwargs = _own_copies(example_inputs)
     static = isinstance(dynamic_shapes, str)
@@ -61,21 +66,60 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
     shapes = pytree.tree_map(_varying, bound) if dynamic_shapes is None else None if static else dynamic_shapes
     with _evaluation(model), deployable(model), plain_weights(model):
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=_asked(shapes, free), strict=False)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise ExportError(
-                f"{original_class(model).__name__} could not be captured by torch.export: {error}\n"
-                "If the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
-                "dimensions that may, in torch.export's form"
-            ) from error
+            name = original_class(model).__name__
+            raise ExportError(f"{name} could not be captured by torch.export: {_why(error, free)}") from error
+    _refuse_state(program, original_class(model).__name__)
     names = _dimension_names(program, shapes, bound)
+    if tied := set(free) - set(names.values()):
+        raise ExportError(f"{original_class(model).__name__} ties {', '.join(sorted(tied))} to other sizes or fixes it")
     limits = {
         names[str(symbol)]: int(interval.upper)
         for symbol, interval in program.range_constraints.items()
-        if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31
+        if str(symbol) in names and interval.upper.is_Integer and interval.upper < 2**31 and not free
     }
     inputs, outputs = _input_names(program, bound), _output_names(program)
     return Captured(program, inputs, outputs, names, limits, (args, kwargs), shapes)
+
+
+def _asked(shapes: Any, free: tuple[str, ...]) -> Any:
+    """What torch.export is told: a named size is one that nothing bounds, a dynamic one whatever the model makes it."""
+    return pytree.tree_map(lambda size: Dim.DYNAMIC if isinstance(size, Dim) else size, shapes) if free else shapes
+
+
+def _why(error: Exception, free: tuple[str, ...]) -> str:
+    """What torch says, and what can be done about it."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        said = str(error).strip().splitlines()[0]
+        return (
+            f"what it computes next depends on the values of its inputs, not only on their sizes ({said}), as in a loop"
+            " over the experts that were hit. No graph has that; rewrite this part of the model with torch.where or"
+            " masks"
+        )
+    if free:
+        return (
+            f"{error}\nA graph that generates has to take any {', '.join(free)}; one without a cache"
+            " (use_cache=False) may fix sizes with dynamic_shapes"
+        )
+    return (
+        f"{error}\nIf the message is about a dimension that cannot vary, give dynamic_shapes='static' or name the "
+        "dimensions that may, in torch.export's form"
+    )
+
+
+def _refuse_state(program: torch.export.ExportedProgram, name: str) -> None:
+    buffers = program.graph_signature.inputs_to_buffers
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for given, argument in zip(node.args, schema.arguments if schema is not None else (), strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and (buffer := buffers.get(getattr(given, "name", ""))) is not None:
+                raise ExportError(
+                    f"{name}.forward writes its buffer {buffer!r}; a file keeps nothing from one call to the next, and"
+                    " would compute each as if it were the first. Take it as an input and return it, or write it"
+                    " outside the forward"
+                )
 
 
 def _own_copies(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -207,6 +251,10 @@ def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The names verification knows the outputs by (`logits`, `hidden_states.0`), so that both sides meet by name."""
     names = leaf_names(program.call_spec.out_spec)
     kinds = [output.arg for output in program.graph_signature.output_specs if output.kind == OutputKind.USER_OUTPUT]
+    if sizes := [name for name, kind in zip(names, kinds, strict=True) if isinstance(kind, SymIntArgument)]:
+        raise ExportError(
+            f"the output {sizes[0]} is a size of the inputs, no tensor; a file returns tensors: leave it out"
+        )
     return tuple(name for name, kind in zip(names, kinds, strict=True) if not isinstance(kind, ConstantArgument))
 
 

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from lrcompile.checkpointing.base_print import print_of
 from lrcompile.deployment.declaring import Declared, Examples
+from lrcompile.deployment.erasing import refuse_erased
 from lrcompile.deployment.swapping import GraphInput, Slots, Swappable
 from lrcompile.errors import ExportError
 from lrcompile.passes import deploy as pipelines
@@ -123,6 +124,7 @@ def deploy(
     captured with `slots` in place of its adapters.
 
     Raises ExportError when a merge was asked for that cannot be done; "auto" keeps such adapters beside their weight.
+    Also, in either, for updates that rounding the folded weight would erase.
     """
     if slots is not None:
         return _deploy_slots(exported, slots, plan)
@@ -150,21 +152,13 @@ def deploy(
 
     declared = Declared((IntegersFromNf4.name, IntegerInputs.name), reference, examples)
     steps = {step.spec: step.result for step in pipeline.run(program, chain(seen, declared))}
+    refuse_erased(program)
     kept = (
         dict.fromkeys(seen.trained, "kept beside the weight")
         if form == "inline"
         else _kept(steps.get(MergeAdapters.name))
     )
-    if kept and plan.adapters == "merge":
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
-        raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
-    if plan.quantize and not seen.nf4:
-        raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
-    if plan.nf4_form != "exact" and not (seen.nf4 or of_integers):
-        raise ExportError(
-            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
-            " model, or give quantize='nf4'"
-        )
+    _refuse_undone(plan, kept, seen.nf4, of_integers)
     folded = [site for site in sites if site not in kept]
     adapters = {"form": form, "folded": folded, "inline": kept}
     return Deployed(
@@ -176,6 +170,20 @@ def deploy(
         stored=DTYPES.get(plan.into or ""),
         declared=declared if integers else None,
     )
+
+
+def _refuse_undone(plan: Plan, kept: dict[str, str], nf4: list[str], of_integers: list[str]) -> None:
+    """Refuse where something was asked for and there was nothing to do it to, or it could not be done everywhere."""
+    if kept and plan.adapters == "merge":
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in kept.items())
+        raise ExportError(f"adapters='merge' cannot fold {reasons}. Use adapters='inline', which keeps every pair")
+    if plan.quantize and not nf4:
+        raise ExportError("quantize='nf4': the model has no linear map that can be stored so")
+    if plan.nf4_form != "exact" and not (nf4 or of_integers):
+        raise ExportError(
+            f"nf4_form={plan.nf4_form!r} says how quantized weights are written, and there are none: quantize the"
+            " model, or give quantize='nf4'"
+        )
 
 
 def _refuse_broken(exported: ExportedProgram) -> None:

@@ -57,7 +57,7 @@ def part(
         graph.initializer.add().CopyFrom(tensor)
     for tensor in graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.resolve().parent))
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent.resolve()))
             tensor.data_location = onnx.TensorProto.DEFAULT
             tensor.ClearField("external_data")
     order = [name for name in values if name in entering]

@@ -24,6 +24,7 @@ from lrcompile.deployment.swapping import GraphInput
 from lrcompile.errors import ExportError
 from lrcompile.interop import onnx_integers, onnx_nf4
 from lrcompile.interop.onnx_attention import zero_unattended
+from lrcompile.interop.onnx_complex import unsqueeze_pairs
 from lrcompile.interop.onnx_inputs import give_defaults, open_inputs
 from lrcompile.interop.onnx_nf4 import expand_absmax
 from lrcompile.passes.base import Pending
@@ -50,6 +51,7 @@ def lower(
     """
     opset = check_opset(opset)
     codes = expand_absmax(captured.program)
+    unsqueeze_pairs(captured.program)
     with _quietly():
         try:
             lowered = torch.onnx.export(
@@ -190,13 +192,17 @@ def _forget_machine(model: ir.Model) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's notes about packages it does not need (torchvision) and about its own internals."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the exporter's notes about packages it does not need (torchvision), outputs that are None, and its own
+    internals.
+    """
+    loggers = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in ("_registration", "_core")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

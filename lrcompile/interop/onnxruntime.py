@@ -123,10 +123,30 @@ class OnnxRunner:
         """The value that leaves each scope last, and the one that enters it where it is one, in the order of the graph;
         of a `model` with this one's names.
         """
+        values = self.values(model or self._model, inputs)
+        return {place: values[name] for place, name in self._ends().items()}
+
+    def places_from(
+        self, inputs: Inputs, given: Mapping[str, Tensor], model: onnx.ModelProto | None = None
+    ) -> dict[str, Tensor]:
+        """What the graph, or a `model` with its names, makes at each place of `given`, going on from there with the
+        value given, which has the place's type and shape.
+        """
+        from lrcompile.interop.onnx_forcing import forced
+
+        ends = {place: name for place, name in self._ends().items() if place in given}
+        arrays = {name: given[place].contiguous().numpy() for place, name in ends.items()}
+        rewritten, own = forced(model or self._model, arrays)
+        feed = {**feed_of(self._path, self._session, inputs, self._by_name), **arrays}
+        values = self._fed(self._open(rewritten), list(own.values()), feed, self.active) if own else {}
+        return {place: values[own[name]] for place, name in ends.items()}
+
+    def _ends(self) -> dict[str, str]:
+        """The name of each place's value, in the order of the graph."""
         from lrcompile.verifying.intermediates import ENTERING
 
-        values, scopes = self.values(model or self._model, inputs), self._scopes()
-        order = {name: index for index, name in enumerate(values)}
+        scopes = self._scopes()
+        order = {name: index for index, name in enumerate(self._shown(scopes))}
         found: dict[str, str] = {}
         for scope, names in scopes.leaving.items():
             leaving = [name for name in names if name in order]
@@ -141,13 +161,17 @@ class OnnxRunner:
             """Where two scopes end at one value, the innermost module comes first, and what it enters last."""
             return order[found[name]], name.startswith("%"), name.startswith(ENTERING), -len(name)
 
-        return {name: values[found[name]] for name in sorted(found, key=place)}
+        return {name: found[name] for name in sorted(found, key=place)}
+
+    def _shown(self, scopes: Scopes) -> list[str]:
+        """Every floating value of the graph's nodes that leaves or enters a scope."""
+        floats = _floating(self._model)
+        asked = {name for names in (*scopes.leaving.values(), *scopes.entering.values()) for name in names}
+        return [name for node in self._model.graph.node for name in node.output if name in asked and name in floats]
 
     def values(self, model: onnx.ModelProto, inputs: Inputs) -> dict[str, Tensor]:
         """Every floating value of this graph's nodes that leaves or enters a scope, as `model` computes it."""
-        onnx, scopes, floats = require("onnx", "onnx"), self._scopes(), _floating(self._model)
-        asked = {name for names in (*scopes.leaving.values(), *scopes.entering.values()) for name in names}
-        wanted = [name for node in self._model.graph.node for name in node.output if name in asked and name in floats]
+        onnx, wanted = require("onnx", "onnx"), self._shown(self._scopes())
         marked = onnx.ModelProto()
         marked.CopyFrom(model)
         present = {output.name for output in marked.graph.output}
@@ -156,13 +180,9 @@ class OnnxRunner:
 
     def outputs_of(self, model: onnx.ModelProto, inputs: Inputs) -> dict[str, Tensor]:
         """What `model`, a rewritten copy of this one, gives for the outputs."""
-        return self._run(
-            self._open(model), [output.name for output in self._model.graph.output], inputs, self.active
-        )
+        return self._run(self._open(model), [output.name for output in self._model.graph.output], inputs, self.active)
 
-    def extract(
-        self, inputs: Inputs, place: str | None
-    ) -> tuple[onnx.ModelProto, dict[str, Tensor], list[str]]:
+    def extract(self, inputs: Inputs, place: str | None) -> tuple[onnx.ModelProto, dict[str, Tensor], list[str]]:
         """The nodes behind a place as a model of its own, with its weights inside; what enters it; its outputs."""
         from lrcompile.interop.onnx_cutting import part
 
@@ -204,7 +224,7 @@ class OnnxRunner:
         for key, value in self._settings["config"].items():
             options.add_session_config_entry(key, value)
         # The bytes that were checked are the ones that run; external data is looked up in the same folder.
-        options.add_session_config_entry(_FOLDER, str(self._path.resolve().parent))
+        options.add_session_config_entry(_FOLDER, str(self._path.parent.resolve()))
         with typed(self._path):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -216,7 +236,9 @@ class OnnxRunner:
         return self._loaded[names]
 
     def _run(self, session: Any, names: list[str], inputs: Inputs, active: tuple[str, ...]) -> dict[str, Tensor]:
-        feed = feed_of(self._path, session, inputs, self._by_name)
+        return self._fed(session, names, feed_of(self._path, session, inputs, self._by_name), active)
+
+    def _fed(self, session: Any, names: list[str], feed: dict[str, Any], active: tuple[str, ...]) -> dict[str, Tensor]:
         options = require("onnxruntime", "onnx").RunOptions()
         for adapter in self._adapters(active).adapters:
             options.add_active_adapter(adapter)

@@ -8,7 +8,7 @@ replayed, so there is no bound and no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
@@ -195,16 +195,44 @@ class FileReference:
             return f"no first divergence: {both} do not both show intermediate values"
         expected = self._deviations_inside(inputs)
         found = candidate.intermediates(inputs, {name: place.exact.shape for name, place in expected.items()})
-        rows = []
-        for name, place in expected.items():
-            if name in found:
-                ratio, largest = deviation_ratio(found[name].value, place)
-                rows.append(Place(name, ratio, None, largest, node=found[name].node))
+        values = {name: found[name].value for name in expected if name in found}
+        local, rows = self._deviations_from(inputs, values), []
+        for name, value in values.items():
+            ratio, largest = deviation_ratio(value, expected[name])
+            own, _ = deviation_ratio(value, local[name])
+            rows.append(Place(name, ratio, own, largest, node=found[name].node))
         return tuple(rows)
 
     def local(self, candidate: Runner, inputs: Inputs, place: str) -> Deviation | None:
-        """The file's own value at `place`: what is inherited is in the candidate's."""
-        return self._deviations_inside(inputs).get(place)
+        """What the file makes at `place` of the values that the candidate hands to it."""
+        expected = self._deviations_inside(inputs)
+        find = getattr(candidate, "intermediates", None)
+        if find is None or self.values is not self.graph:
+            return expected.get(place)
+        found = find(inputs, {name: each.exact.shape for name, each in expected.items()})
+        return self._deviations_from(inputs, {name: each.value for name, each in found.items()}).get(place)
+
+    def _deviations_from(self, inputs: Inputs, values: Mapping[str, Tensor]) -> dict[str, Deviation]:
+        """As `places.forced`, in the graph: each place goes on with the candidate's value instead of its own."""
+        from lrcompile.interop.onnx_replay import replayed
+
+        dtypes = {name: value.dtype for name, value in self.graph.places(inputs).items()}
+        wide = {name: _wide(value) for name, value in values.items()}
+        given = {name: value.to(dtypes[name]) for name, value in wide.items()}
+        local = {
+            name: Deviation(_wide(value), self.roundoff)
+            for name, value in self.graph.places_from(inputs, given).items()
+        }
+        for seed in SEEDS:
+            coins = torch.Generator().manual_seed(seed)
+            moved = {}
+            for name, value in wide.items():
+                sign = torch.randint(0, 2, value.shape, generator=coins) * 2 - 1
+                moved[name] = (value * (1 + self.roundoff * sign)).to(dtypes[name])
+            model = replayed(self.graph.model, self.roundoff, seed)
+            for name, value in self.graph.places_from(inputs, moved, model).items():
+                local[name].update(_wide(value))
+        return local
 
     def _deviations_inside(self, inputs: Inputs) -> dict[str, Deviation]:
         from lrcompile.interop.onnx_replay import replayed

@@ -9,6 +9,7 @@ counts as its two products.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from lrcompile.adapters import ADAPTERS
+from lrcompile.nf4.modules import is_nf4, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,19 +45,25 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def working_dtype(model: nn.Module, inputs: Any = None) -> torch.dtype:
-    """The floating type that holds most of the model's parameters; of a model without any, its inputs' or torch's
-    default.
+    """The floating type that holds most of the base; where it holds none, that of the inputs, of the adapters, or
+    torch's default.
 
     The majority, not the coarsest: a single half-precision table in a float32 model must not loosen every bound by
-    8192.
+    8192. The base's, not its adapters': these act in the type of what they are added to, whatever they train in.
     """
-    counts: dict[torch.dtype, int] = {}
-    for tensor in (*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)):
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-        elif isinstance(tensor, Tensor) and tensor.is_floating_point():
-            counts.setdefault(tensor.dtype, 0)
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
+    base: Counter[torch.dtype] = Counter()
+    adapters: Counter[torch.dtype] = Counter()
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            (adapters if ADAPTERS in name.split(".") else base)[tensor.dtype] += tensor.numel()
+    for layout in (layout_of(module) for module in model.modules() if is_nf4(module)):
+        base[layout.dtype] += layout.out_features * layout.in_features
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    given = Counter(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    for counts in (base, given, adapters):
+        if counts:
+            return counts.most_common(1)[0][0]
+    return torch.get_default_dtype()
 
 
 class Magnitudes:

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -154,10 +155,13 @@ class PackageRunner:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule's `training` flag off, then as it was. The flag itself, since an exported module forbids
-    `.eval()`.
+    """Every submodule's `training` flag off, then as it was, and so is what its buffers hold: a forward that counts or
+    averages would make each run another function. The flag itself, since an exported module forbids `.eval()`.
     """
     before = [(part, part.training) for part in module.modules()]
+    held = [
+        _Held.of(part, name, buffer) for part, _ in before for name, buffer in part._buffers.items() if _may(buffer)
+    ]
     for part, _ in before:
         part.training = False
     try:
@@ -165,6 +169,34 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
+        for each in held:
+            each.put_back()
+
+
+def _may(buffer: Tensor | None) -> bool:
+    """Not the bytes that quantized weights are held in, which are large and which nothing writes."""
+    return buffer is not None and buffer.dtype not in (torch.uint8, torch.int8) and not buffer.is_inference()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A buffer and what it holds."""
+
+    part: nn.Module
+    name: str
+    buffer: Tensor
+    version: int
+    copy: Tensor
+
+    @classmethod
+    def of(cls, part: nn.Module, name: str, buffer: Any) -> _Held:
+        return cls(part, name, buffer, buffer._version, buffer.detach().clone())
+
+    def put_back(self) -> None:
+        self.part._buffers[self.name] = self.buffer
+        if self.buffer._version != self.version:
+            with torch.no_grad():
+                self.buffer.copy_(self.copy)
 
 
 def runner(candidate: Any, manifest: Artefact = NONE, adapters: Mapping[str, float] | None = None) -> Runner:
