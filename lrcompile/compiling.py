@@ -94,13 +94,18 @@ def _check(max_rank: int | None, memory_budget: float | None, regions: str | Non
 def _ranks(model: nn.Module) -> list[str]:
     """Where Dynamo meets a dimension that is a rank, in the language of `torch.compiler.config.unbacked_sources`.
 
-    Unbacked, so that a rank of 1 is no special case.
+    Unbacked, so that a rank of 1 is no special case. Before torch 2.13 that language has no dimensions: the widths,
+    which the products say again, are then unbacked too.
     """
+    from torch._dynamo.variables.builder import is_unbacked_source
+
+    dimensions = "dim" in inspect.signature(is_unbacked_source).parameters
     lists = {site.slot: site.copies is not None for sites in state_of(model).sites.values() for site in sites}
     names = []
     for slot, copies in lists.items():
         owner = rf".*_modules\['{slot}'\]\.live\[\d+\]\._parameters"
-        names += [rf"{owner}\['A'\]:{0 + copies}", rf"{owner}\['B'\]:{1 + copies}"]
+        for factor, dimension in (("A", 0 + copies), ("B", 1 + copies)):
+            names.append(rf"{owner}\['{factor}'\]" + (f":{dimension}" if dimensions else ""))
     return names
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lrcompile.dialect.q_galore  # noqa: F401  (registers the ops)
 from lrcompile.hosting import Host, stack, stacked
 from lrcompile.int8.groups import Groups, dequantize_groups
+from lrcompile.tracing import exporting
 
 _ADAPTERS = "lrcompile_adapters"
 
@@ -33,7 +34,7 @@ class Int8Linear(Host):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
-        if torch.compiler.is_exporting():  # an op of ours in a file would not load in a fresh process
+        if exporting():  # an op of ours in a file would not load in a fresh process
             return F.linear(x, self.weight.t() if _transposed(self) else self.weight, self.bias)
         holder = holder_of(self)
         return torch.ops.lrcompile.int8_linear.default(

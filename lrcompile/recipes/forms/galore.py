@@ -15,6 +15,7 @@ from lrcompile.recipes.forms.adapter import Adapter, NotSwappable, Start
 from lrcompile.recipes.range_finder import leading_directions
 from lrcompile.sites.site import Site
 from lrcompile.specs import Spec
+from lrcompile.tracing import exporting
 
 
 class ProjectedGradient(Adapter):
@@ -72,7 +73,7 @@ class ProjectedGradient(Adapter):
         nn.init.eye_(self.P)
 
     def forward(self, y: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
-        if not (torch.is_grad_enabled() and self.Z.requires_grad) or torch.compiler.is_exporting():
+        if not (torch.is_grad_enabled() and self.Z.requires_grad) or exporting():
             return y
         if self.renewing:
             return torch.ops.lrcompile.renew_projection.default(y, x, self.Z, self.number)

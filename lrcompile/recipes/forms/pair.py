@@ -12,6 +12,7 @@ from lrcompile import dialect as dialect  # registers torch.ops.lrcompile
 from lrcompile.dialect import experts as experts
 from lrcompile.recipes.forms.adapter import Adapter, NotSwappable, Start
 from lrcompile.recipes.initialisers.random import fill
+from lrcompile.tracing import exporting
 
 
 class LowRank(Adapter):
@@ -39,7 +40,7 @@ class LowRank(Adapter):
 
     def padded(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A and B, in a compiled graph with zeros up to `width` ranks."""
-        if self.width is None or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        if self.width is None or not torch.compiler.is_dynamo_compiling() or exporting():
             return A, B
         return F.pad(A, (0, 0, 0, self.width - A.shape[-2])), F.pad(B, (0, self.width - B.shape[-1]))
 
