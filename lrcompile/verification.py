@@ -163,6 +163,12 @@ def _climbed(
     verdict = dataclasses.replace(
         ladder.verdict(judge.dtype, session), uncompared=uncompared, sizes=sizes, versions=versions()
     )
+    if not verdict.ok and isinstance(judge, ModuleReference) and judge.draws(sets[0]):
+        note = (
+            f"{judge.label} draws random numbers in evaluation too (a dropout that ignores it?): switch that off, for"
+            " there is no one function that it computes"
+        )
+        verdict = dataclasses.replace(verdict, note="; ".join(filter(None, (verdict.note, note))))
     if not (locate or repro is not None or (locate is None and not verdict.ok)):
         return verdict
     suspect = runners[ladder.first_failed or next(reversed(runners))]

@@ -130,6 +130,26 @@ def test_a_model_that_keeps_count_is_judged_by_one_call_and_left_as_it_was() -> 
     assert [float(each) for each in (model.calls, model.seen, other.calls, other.seen)] == [0, 0, 0, 0]
 
 
+def test_random_numbers_widen_no_bound_and_are_named_where_a_verdict_fails() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(nn.functional.dropout(x, 0.3, training=True))
+
+    model = Noisy()
+    other, x, state = copy.deepcopy(model), (torch.randn(3, 6),), torch.get_rng_state()
+    with torch.no_grad():
+        other.fc.weight.mul_(1.5)
+    verdict = verify(model, other, x)
+    assert not verdict.ok
+    assert "draws random numbers" in str(verdict)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "draws" not in str(verify(model.fc, other.fc, x))
+
+
 def test_inputs_are_cloned_and_two_names_for_one_tensor_stay_two_tensors() -> None:
     class Writes(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:

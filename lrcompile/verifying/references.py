@@ -107,6 +107,15 @@ class ModuleReference:
                 want.base = {name: value for name, value in found.items() if _inexact(value)}
         return expected
 
+    def draws(self, inputs: Inputs) -> bool:
+        """Do its outputs depend on torch's random numbers?"""
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                found.append(ModuleRunner(self.module).run(inputs))
+        return any(not torch.equal(value.nan_to_num(), found[1][name].nan_to_num()) for name, value in found[0].items())
+
     def places(self, candidate: Runner, inputs: Inputs) -> tuple[Place, ...] | str:
         find = getattr(candidate, "intermediates", None)
         if find is None:

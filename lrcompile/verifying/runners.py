@@ -155,8 +155,10 @@ class PackageRunner:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule's `training` flag off, then as it was, and so is what its buffers hold: a forward that counts or
-    averages would make each run another function. The flag itself, since an exported module forbids `.eval()`.
+    """Every submodule's `training` flag off, then as it was (the flag itself: an exported module forbids `.eval()`).
+
+    So are what its buffers hold and torch's random numbers: a forward that counts, averages or draws would be another
+    function at each run, and how far the runs of a reference lie apart is taken for its rounding.
     """
     before = [(part, part.training) for part in module.modules()]
     held = [
@@ -165,7 +167,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     for part, _ in before:
         part.training = False
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         for part, training in before:
             part.training = training
