@@ -14,6 +14,7 @@ from lrcompile.deployment.describing import fingerprint
 from lrcompile.deployment.exchanging import exchanging
 from lrcompile.deployment.swapping import Slots, swappable
 from lrcompile.errors import ExportError, require
+from lrcompile.links import followed
 from lrcompile.state import state_of
 from lrcompile.verifying.manifest import Artefact, artefact, manifest_of, sha256
 from lrcompile.wording import listed
@@ -29,7 +30,7 @@ def export_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | N
     of this name from before is replaced. Raises `ExportError` saying what differs where the model has another base than
     the graph, or the adapter something the graph has no input for; the files are then as before.
     """
-    path = Path(path)
+    path = followed(path)
     require("onnxruntime", "onnx")
     from lrcompile.interop.onnx_adapters import Interface, file_name, write_adapter
 

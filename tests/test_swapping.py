@@ -540,6 +540,16 @@ def test_a_failure_leaves_files_and_model_as_they_were(copied, monkeypatch, rais
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_an_adapter_written_through_a_link_lies_beside_the_graph(copied, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.onnx"
+    link.symlink_to(copied)
+    model = _add(_mlp(), "later", rank=5)
+    assert lrcompile.export_adapter(model, link) == copied.with_name("m.later.onnx_adapter")
+    found = lrcompile.run(link).run(X, "later")["output"]
+    torch.testing.assert_close(found, _eager(model, "later"), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_every_method_is_swappable_or_refused_by_name(tmp_path):
     from zoo.every_method import METHODS, batches, trained
