@@ -26,7 +26,8 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def bound_ratio(value: Tensor, exact: Tensor | None, magnitude: Tensor) -> float:
-    """max |value − exact| / (u·magnitude), u the unit roundoff of value's dtype; NaN counts as infinite."""
+    """max |value − exact| / (u·magnitude), u the unit roundoff of value's dtype; 0/0 is 0, NaN counts as infinite."""
     assert exact is not None
-    ratio = (value.double() - exact).abs() / (magnitude * torch.finfo(value.dtype).eps / 2)
+    error = (value.double() - exact).abs()
+    ratio = torch.where(error == 0, 0.0, error / (magnitude * torch.finfo(value.dtype).eps / 2))
     return float(ratio.nan_to_num(nan=torch.inf).max())
