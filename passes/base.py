@@ -64,10 +64,13 @@ class Program:
     pending: dict[str, Pending] = field(default_factory=dict)
     """By name of the weight in the program. A writer computes one at a time."""
 
-    def compute(self) -> None:
-        """Compute every pending weight, for a consumer that needs them all."""
-        state = self.exported.state_dict
-        state.update({name: _like(state[name], weight()) for name, weight in self.pending.items()})
+    def compute(self, places: Mapping[str, Tensor] | None = None) -> None:
+        """Compute every pending weight, for a consumer that needs them all; those that have a place, into it."""
+        state, places = self.exported.state_dict, places or {}
+        found = {
+            name: places[name].copy_(weight()) if name in places else weight() for name, weight in self.pending.items()
+        }
+        state.update({name: _like(state[name], weight) for name, weight in found.items()})
         self.pending = {}
 
     def module(self) -> nn.Module:
