@@ -11,33 +11,41 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 
-class Resident:
-    """The largest resident set while it is open, sampled; the kernel's own mark covers file pages too."""
+_SAMPLING = """
+import os, sys, time
+os.set_blocking(0, False)
+most = 0
+while sys.stdin.buffer.raw.read(1) != b"":  # empty once whoever started this has closed it
+    with open(f"/proc/{sys.argv[1]}/status") as lines:
+        most = max(most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")))
+    time.sleep(0.002)
+print(1024 * most)
+"""
 
-    def __init__(self) -> None:
-        self.anonymous = self.whole = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+class Resident:
+    """The largest resident set while it is open. The kernel's own mark covers file pages too; what is anonymous is
+    sampled, from a process of its own: a thread would have to wait for those that hold the interpreter.
+    """
 
     def __enter__(self) -> Resident:
+        self.anonymous = self.whole = 0
         Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's high-water mark anew
-        self._thread.start()
+        command = [sys.executable, "-c", _SAMPLING, str(os.getpid())]
+        self._sampling = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+        self.anonymous = int(self._sampling.communicate()[0])
         self.whole = status("VmHWM")
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.002):
-            self.anonymous = max(self.anonymous, status("RssAnon"))
 
 
 def status(name: str) -> int:
