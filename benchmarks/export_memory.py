@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 _SAMPLING = """
 import os, sys, time
 os.set_blocking(0, False)

@@ -52,6 +52,16 @@ def nan_when_empty() -> Iterator[None]:
 
 
 @pytest.fixture
+def full_disk() -> Iterator[None]:
+    """For this process alone: no file grows beyond 1 MiB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """A command line, in this process: its exit code, and what it printed on either stream."""
     from lrcompile import cli

@@ -26,6 +26,7 @@ from lrcompile.interop import paging
 from lrcompile.passes.base import Program
 from lrcompile.verifying.manifest import sha256
 
+
 def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     """Write `path` and its manifest.
 
