@@ -24,7 +24,7 @@ os.set_blocking(0, False)
 most = 0
 while sys.stdin.buffer.raw.read(1) != b"":  # empty once whoever started this has closed it
     with open(f"/proc/{sys.argv[1]}/status") as lines:
-        most = max(most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")))
+        most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))])
     time.sleep(0.002)
 print(1024 * most)
 """
