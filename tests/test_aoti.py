@@ -49,7 +49,8 @@ def test_a_failure_while_compiling_leaves_files_and_model_as_they_were(tmp_path,
     if existing:
         (folder / "m.pt2").write_bytes(b"old")
         (folder / "m.pt2.manifest.json").write_bytes(b"{}")
-    before, model, seen = _content(folder), _adapted(), []
+    before, model = _content(folder), _adapted()
+    seen: list[str] = []
     state = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
 
     def fail(*args, **kwargs):
@@ -95,6 +96,9 @@ def test_a_killed_process_leaves_the_old_package_and_hidden_temporaries(tmp_path
 
 
 class Counting(nn.Module):
+    seen: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(3, 3)
@@ -124,6 +128,8 @@ def test_what_is_never_changed_is_a_parameter_and_what_is_stays_a_buffer(tmp_pat
 
 class Tied(nn.Module):
     """Its parameters are parts of one storage, the embedding is also the head, and a buffer is as large."""
+
+    shift: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -91,7 +91,9 @@ def _compile(program: Program, folder: Path) -> list[str]:
         "aot_inductor.force_mmap_weights": True,
     }
     with paging.paged_constants(folder):
-        return torch._inductor.aot_compile(lowered.module(check_guards=False), args, kwargs, options=options)
+        files = torch._inductor.aot_compile(lowered.module(check_guards=False), args, kwargs, options=options)
+    assert isinstance(files, list)  # that is what "package" asks for
+    return [file for file in files if isinstance(file, str)]
 
 
 def _pack(files: list[str], target: Path) -> None:
