@@ -42,6 +42,7 @@ _BUILT_IN = {
     "integer-inputs": "integer_inputs:IntegerInputs",
     "integers-from-nf4": "integers_from_nf4:IntegersFromNf4",
     "lower-experts": "lower_experts:LowerExperts",
+    "lower-gains": "lower_gains:LowerGains",
     "merge-adapters": "merge_adapters:MergeAdapters",
     "merge-gains": "merge_gains:MergeGains",
     "merge-hadamard": "merge_hadamard:MergeHadamard",

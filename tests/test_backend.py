@@ -163,5 +163,6 @@ def test_every_pass_of_the_pipeline_is_of_its_stage_and_in_the_registry():
         assert each.stage == "dynamo"
         assert passes.get(each.name) is type(each)
     assert (
-        str(train()) == "hoist-constants,stack-adapters,replay-dropout,lower-experts,group-by-input,order-contractions"
+        str(train()) == "hoist-constants,stack-adapters,replay-dropout,lower-experts,lower-gains,group-by-input,"
+        "order-contractions"
     )
