@@ -15,6 +15,7 @@ from lrcompile.lowered.members import Member, Role
 from lrcompile.lowered.operands import Operands
 from lrcompile.passes.base import Equivalence, Pass, Refusal, Result, Stage
 from lrcompile.passes.captured import Linear, Places, calls, drop_dead, dropout_of, linear_at, same, trains, value
+from lrcompile.passes.factored import Factor, factor_at
 from lrcompile.passes.nodes import LORA, PROJECT
 
 
@@ -23,7 +24,8 @@ class GroupByInput(Pass[fx.GraphModule]):
     """[x·W₁ᵀ + s₁(x·A₁ᵀ)B₁ᵀ, …] = x·[W₁; …]ᵀ + diag(s₁B₁, …)·(x·[A₁; …]ᵀ): maps of one input become one node.
 
     The node is a `lowered.AdaptedGroup`: one product for all codes, the expand in the base's own buffer, one gradient
-    of x; a single map is a group of one. Methods may differ, ranks and widths too; equal A (VeRA's) are read once.
+    of x; a single map is a group of one. Methods may differ, ranks and widths too; equal A (VeRA's) are read once,
+    factors between diagonals (VeRA's B, AdaLoRA's A) are formed in it.
     Refuses where another node sees y in between, the weight trains or is computed, the input is another one, tensors or
     modes may change in between, the scale trains, or dropout is active that `replay-dropout` has not taken. Leaves
     everything else of the dialect to autograd: rows of embeddings and stacks of maps (attention's, experts') have no
@@ -62,8 +64,8 @@ class _Site:
     node: fx.Node
     linear: Linear
     role: Role
-    A: fx.Node
-    B: fx.Node
+    A: Factor
+    B: Factor
     scale: fx.Node | None
     p: float = 0.0
     seed: fx.Node | None = None
@@ -82,7 +84,8 @@ def _site(node: fx.Node, places: Places) -> _Site | str:
         return "tensors or modes may change between the base and the adapter"
     if calls(node, PROJECT):
         _, _, Z, P, right = node.args
-        return _Site(node, linear, "right", P, Z, None) if right else _Site(node, linear, "left", Z, P, None)  # type: ignore[arg-type]
+        A, B = (Factor(P), Factor(Z)) if right else (Factor(Z), Factor(P))  # type: ignore[arg-type]
+        return _Site(node, linear, "right" if right else "left", A, B, None)
     p, seed = (node.target.p, node.args[5]) if isinstance(node.target, ReplayedLora) else (0.0, None)
     A, B, scale = node.args[2:5]
     if seed is None and (active := dropout_of(node)):
@@ -91,7 +94,8 @@ def _site(node: fx.Node, places: Places) -> _Site | str:
         return "its factors are a stack"
     if trains(scale):  # type: ignore[arg-type]
         return "its scale trains"
-    return _Site(node, linear, "pair", A, B, scale, p, seed)  # type: ignore[arg-type]
+    pair = [factor_at(each, node, places) for each in (A, B)]  # type: ignore[arg-type]
+    return _Site(node, linear, "pair", *pair, scale, p, seed)  # type: ignore[arg-type]
 
 
 def _grouped(places: Places, sites: Sequence[_Site]) -> list[list[_Site]]:
@@ -111,7 +115,9 @@ def _grouped(places: Places, sites: Sequence[_Site]) -> list[list[_Site]]:
 
 
 def _operands(sites: Sequence[_Site]) -> list[fx.Node]:
-    found = [(*each.linear.held, each.linear.bias, each.A, each.B, each.scale, each.seed) for each in sites]
+    found = [
+        (*each.linear.held, each.linear.bias, *each.A.nodes(), *each.B.nodes(), each.scale, each.seed) for each in sites
+    ]
     return [node for operands in found for node in operands if node is not None]
 
 
@@ -122,13 +128,16 @@ def _lower(graph: fx.Graph, group: Sequence[_Site]) -> None:
             codes.append(site)
     members = tuple(Member(each.linear.base, _index(each, codes), each.role) for each in group)
     lowered = AdaptedGroup(members, tuple(each.p for each in codes))
+    factors = [*(each.A for each in codes), *(each.B for each in group)]
     operands = Operands(
         [list(each.linear.held) for each in group],
         [each.linear.bias for each in group],
-        [each.B for each in group],
+        [each.B.matrix for each in group],
         [each.scale for each in group],
-        [each.A for each in codes],
+        [each.A.matrix for each in codes],
         [each.seed for each in codes],
+        [each.rows for each in factors],
+        [each.columns for each in factors],
     )
     outputs: tuple[Any, ...] = tuple(value(each.node) for each in group)
     with graph.inserting_before(group[0].node):
@@ -148,7 +157,7 @@ def _code_of(site: _Site, codes: Sequence[_Site]) -> int | None:
     """Which code `site` reads, or can share: one of the same A, if what it adds to the gradient of A may be summed."""
 
     def shared(other: _Site) -> bool:
-        return other.role == site.role != "left" and not (other.p or site.p) and same(other.A, site.A)
+        return other.role == site.role != "left" and not (other.p or site.p) and _same(other.A, site.A)
 
     return next((index for index, other in enumerate(codes) if other is site or shared(other)), None)
 
@@ -157,3 +166,7 @@ def _index(site: _Site, codes: Sequence[_Site]) -> int:
     found = _code_of(site, codes)
     assert found is not None
     return found
+
+
+def _same(one: Factor, other: Factor) -> bool:
+    return all(map(same, one.nodes(), other.nodes()))

@@ -74,12 +74,21 @@ def _order(group: AdaptedGroup, index: int, rows: int, x: Tensor, y: Tensor, ope
     machine = MACHINES.get((x.device.type, y.dtype))
     if member.role != "pair" or not alone or machine is None:
         return Order()
-    A, B, (W,) = value(operands.As[member.code]), value(operands.Bs[index]), operands.held[index]
-    inside, out, rank = (_hint(size) for size in (x.shape[-1], y.shape[-1], A.shape[0]))
-    if {x.dtype, value(W).dtype, A.dtype, B.dtype} != {y.dtype} or inside is None or out is None or rank is None:
+    A, B = _factor(operands, member.code), _factor(operands, group.codes + index)
+    (W,) = operands.held[index]
+    inside, out, rank = (_hint(size) for size in (x.shape[-1], y.shape[-1], A[0].shape[0]))
+    dtypes = {each.dtype for each in (x, value(W), *A, *B)}
+    if dtypes != {y.dtype} or inside is None or out is None or rank is None:
         return Order()
-    shapes = Shapes(rows, inside, out, rank, x.requires_grad, A.requires_grad, B.requires_grad)
+    wants = [any(each.requires_grad for each in factor) for factor in (A, B)]
+    shapes = Shapes(rows, inside, out, rank, x.requires_grad, *wants)
     return cheapest(shapes, machine, y.dtype)
+
+
+def _factor(operands: Operands, index: int) -> list[Tensor]:
+    """The values of a factor and of the diagonals that it is between."""
+    each = (operands.factors[index], operands.rows[index], operands.columns[index])
+    return [value(one) for one in each if one is not None]
 
 
 def _hint(size: Any) -> int | None:

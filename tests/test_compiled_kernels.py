@@ -65,5 +65,5 @@ def compiled(dtype: torch.dtype, method: str | None, files: set[str]) -> int:
 def test_adapters_add_at_most_a_fifth_to_what_inductor_compiles(dtype, files):
     frozen = compiled(dtype, None, files)
     assert frozen > 0
-    for method in ("lora", "dora"):
+    for method in ("lora", "dora", "vera"):
         assert compiled(dtype, method, files) <= 1.2 * frozen, method

@@ -40,6 +40,17 @@ class Map:
     scale: Tensor | None
     p: float = 0.0
     seed: Tensor | None = None
+    diagonals: tuple[Tensor | None, ...] = (None,) * 4
+    """Rows and columns that A is between, and those of B."""
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """A and B as they act."""
+        pairs = zip((self.A, self.B), (self.diagonals[:2], self.diagonals[2:]), strict=True)
+        return [
+            (1 if rows is None else rows[:, None]) * factor * (1 if columns is None else columns)
+            for factor, (rows, columns) in pairs
+        ]
 
     @property
     def role(self) -> Any:
@@ -58,10 +69,11 @@ class Map:
         if self.role == "left":
             return torch.ops.lrcompile.project_gradient(y, x, self.A, self.B, False)
         if self.seed is None:
-            return torch.ops.lrcompile.lora(y, x, self.A, self.B, self.scale)
+            return torch.ops.lrcompile.lora(y, x, *self.factors, self.scale)
         assert self.scale is not None
         drawn = mask(x.reshape(-1, x.shape[-1]), self.p, int(self.seed)).view_as(x)
-        return y + F.linear(F.linear(x * drawn, self.A), self.B) * self.scale
+        A, B = self.factors
+        return y + F.linear(F.linear(x * drawn, A), B) * self.scale
 
 
 def build(kind: str, out: int, rank: int, trains: tuple[bool, bool, bool], dtype: torch.dtype = torch.float64) -> Map:
@@ -101,6 +113,8 @@ def lower(maps: list[Map], orders: list[Order] | None = None) -> tuple[AdaptedGr
     operands = Operands(
         [one.held for one in maps], [one.bias for one in maps], [one.B for one in maps], [one.scale for one in maps],
         [one.A for one in codes], [one.seed for one in codes],
+        [*(one.diagonals[0] for one in codes), *(one.diagonals[2] for one in maps)],
+        [*(one.diagonals[1] for one in codes), *(one.diagonals[3] for one in maps)],
     )  # fmt: skip
     return AdaptedGroup(tuple(members), tuple(one.p for one in codes)), operands.flat()
 
@@ -117,7 +131,7 @@ def share(maps: list[Map]) -> list[Map]:
 
 
 def leaves(maps: list[Map], x: Tensor) -> list[Tensor]:
-    found = [x, *(t for one in maps for t in (one.bias, one.A, one.B) if t is not None)]
+    found = [x, *(t for one in maps for t in (one.bias, one.A, one.B, *one.diagonals) if t is not None)]
     return [t for t in dict.fromkeys(found) if t.requires_grad]
 
 
@@ -160,6 +174,36 @@ MAPS = st.lists(
 def test_values_and_all_gradients_are_those_of_the_plain_definitions(maps, lead, x_trains):
     x = torch.randn(*lead, INSIDE, dtype=torch.float64, requires_grad=x_trains)
     compare(share([build(*one) for one in maps]), x)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    maps=st.lists(
+        st.tuples(
+            st.sampled_from(["lora", "nf4", "dropout", "conv1d"]),
+            st.integers(1, 9),
+            st.integers(1, 5),
+            st.tuples(st.booleans(), st.booleans(), st.booleans()),
+            st.lists(st.sampled_from([None, True, False]), min_size=4, max_size=4),
+            st.sampled_from(ORDERS),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    lead=st.sampled_from([(0,), (7,), (2, 3)]),
+    x_trains=st.booleans(),
+)
+def test_factors_between_diagonals_that_train_or_not_give_the_same_function_and_gradients(maps, lead, x_trains):
+    x = torch.randn(*lead, INSIDE, dtype=torch.float64, requires_grad=x_trains)
+    built = [build(*each[:4]) for each in maps]
+    for one, (*_, given_, _) in zip(built, maps, strict=True):
+        sizes = (one.A.shape[0], INSIDE, one.B.shape[0], one.A.shape[0])
+        one.diagonals = tuple(
+            None if trains is None else torch.randn(size, dtype=torch.float64).requires_grad_(trains)
+            for size, trains in zip(sizes, given_, strict=True)
+        )
+    orders = [each[5] if each[0] in ("lora", "conv1d") else Order() for each in maps]
+    compare(built, x, orders)
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)

@@ -447,8 +447,96 @@ def freeze(names: str, *maps: nn.Module) -> tuple[nn.Module, ...]:
     return maps
 
 
+class Between(Map):
+    """Its factors lie between diagonals, `of` saying which: "rB" for diag(r)·B, "Bc", "rA", "Ac"."""
+
+    def __init__(self, out: int, rank: int, of: str, A: nn.Parameter | None = None):
+        super().__init__(out, rank)
+        self.of = of.split()
+        self.A = self.A if A is None else A
+        sizes = {"rB": (out, 1), "Bc": (rank,), "rA": (rank, 1), "Ac": (1, IN)}
+        for name in self.of:
+            self.register_parameter(name, nn.Parameter(torch.rand(*sizes[name], dtype=torch.float64) + 0.5))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.A, self.B
+        if "rB" in self.of and "Bc" in self.of:
+            B = (self.rB * self.Bc) * B  # as VeRA forms it
+        elif set(self.of) & {"rB", "Bc"}:
+            B = B * self.get_parameter(next(name for name in self.of if "B" in name))
+        for name in self.of:
+            A = self.get_parameter(name) * A if "A" in name else A
+        return A, B
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora(F.linear(x, self.W, self.b), x, *self.factors(), self.scale)
+
+
+@pytest.mark.parametrize("of", ["rB", "Bc", "rB Bc", "rA", "Ac", "rA Ac", "rB Bc rA"])
+@pytest.mark.parametrize("frozen_factors", ["", "A", "B", "AB"])
+def test_factors_between_diagonals_are_formed_within_the_node(of, frozen_factors):
+    net, x = Net(every, *freeze(frozen_factors, Between(8, 3, of), Between(5, 3, of)), Map(4)), lead(2, 3)
+    ((graph,), reasons) = rewritten(net, x)
+    assert reasons == []
+    assert len(targets(graph)) == 1 + 3  # the group and its outputs
+    same_function(net, x)
+
+
+@pytest.mark.parametrize("size", [(1, 3), (6, 1), (1, 1)])
+def test_a_factor_of_one_row_or_column_is_between_its_diagonals_all_the_same(size):
+    net, x = Net(every, Between(*size, "rB Bc")), lead(2, 3)
+    ((graph,), _) = rewritten(net, x)
+    assert len(targets(graph)) == 2
+    same_function(net, x)
+
+
+def by_a_number(net: Map) -> Tensor:
+    return net.B * 0.5
+
+
+def by_two_vectors_of_one_kind(net: Map) -> Tensor:
+    return net.B * net.B[:1] * net.B[1:2]
+
+
+def by_a_full_matrix(net: Map) -> Tensor:
+    return net.B * net.B.sin()
+
+
+def by_a_number_that_is_a_tensor(net: Map) -> Tensor:
+    return net.B * net.scale
+
+
+@pytest.mark.parametrize("B", [by_a_number, by_two_vectors_of_one_kind, by_a_full_matrix, by_a_number_that_is_a_tensor])
+def test_other_products_stay_with_the_compiler(B):
+    def scaled(x: Tensor, one: Map) -> Tensor:
+        return lora(F.linear(x, one.W), x, one.A, B(one), one.scale)
+
+    net, x = Net(scaled, Map(8)), lead(T)
+    ((graph,), reasons) = rewritten(net, x)
+    assert reasons == []
+    assert len(grouped(graph)) == 1
+    assert len(targets(graph)) > 2
+    same_function(net, x)
+
+
+def test_a_diagonal_that_is_written_after_its_product_is_not_read_later():
+    def written(x: Tensor, one: Map) -> Tensor:
+        d = one.B[:1].detach() * 1
+        B = one.B * d
+        d.zero_()
+        return lora(F.linear(x, one.W), x, one.A, B, one.scale)
+
+    net, x = Net(written, Map(8)).requires_grad_(False), lead(T)
+    ((graph,), _) = rewritten(net, x)
+    (node,) = [node for node in graph.graph.nodes if isinstance(node.target, AdaptedGroup)]
+    assert isinstance(node.target, AdaptedGroup)
+    operands = node.target.split(node.args[1:])
+    assert operands.rows == operands.columns == [None, None]
+    same_function(net, x)
+
+
 # maps; shapes kept for the backward pass; calls that compute something large
-TOGETHER = {"sum_of_products": 1, "group_products": 1}
+TOGETHER = {"sum_of_products": 1, "group_products": 1, "stacked": 3}  # A in either pass, and dS
 COMPILED: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]], dict[str, int]]] = {
     "q, k, v": (
         lambda: (Map(8, 3), Map(4, 2), Map(5, 3)),
@@ -462,22 +550,39 @@ COMPILED: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]], dict[str, in
         {**TOGETHER, "group_gradients": 1, "mm": 1 + 2},
     ),
     "B frozen": (
-        lambda: freeze("B", Map(8, 3), Map(4, 2)), [(T, IN)], {"sum_of_products": 3, "group_products": 1, "mm": 2 + 2},
+        lambda: freeze("B", Map(8, 3), Map(4, 2)), [(T, IN)], {**TOGETHER, "sum_of_products": 3, "mm": 2 + 2},
     ),
     "both frozen": (
-        lambda: freeze("AB", Map(8, 3), Map(4, 2)), [], {"sum_of_products": 3, "group_products": 1, "mm": 1 + 2},
+        lambda: freeze("AB", Map(8, 3), Map(4, 2)), [], {**TOGETHER, "sum_of_products": 3, "mm": 1 + 2},
     ),
     "NF4": (
         lambda: (Nf4(8, 3), Nf4(4, 2)),
         [(T, 2), (T, 3), (T, IN)],
-        {"nf4_dequantize": 4, "sum_of_products": 3, "group_gradients": 1, "mm": 2 + 2},
+        {"nf4_dequantize": 4, "sum_of_products": 3, "group_gradients": 1, "mm": 2 + 2, "stacked": 3},
     ),
     "NF4, A frozen": (
         lambda: freeze("A", Nf4(8, 3)),
         [(T, 3)],
         {"nf4_dequantize": 2, "sum_of_products": 2, "factor_gradients": 1, "mm": 1 + 2},
     ),
-    "galore": (lambda: (Projected(8), Projected(4)), [(T, 3), (T, 3)], {"sum_of_products": 3, "mm": 3 + 2}),
+    "VeRA": (
+        lambda: freeze("AB", *(Between(out, 3, "rB Bc", A) for A in [frozen(3, IN)] for out in (8, 5))),
+        [(T, 3)],
+        {
+            "sum_of_products": 1, "group_products": 1, "group_gradients": 1, "added": 1, "scaled_factor": 4,
+            "diagonal_gradients": 2, "mm": 1 + 2,
+        },
+    ),
+    "AdaLoRA": (
+        lambda: (Between(8, 3, "rA"),),
+        [(T, 3), (T, IN)],
+        {
+            "sum_of_products": 2, "factor_gradients": 1, "scaled_factor": 3, "diagonal_gradients": 1, "mm": 2 + 2,
+        },
+    ),
+    "galore": (
+        lambda: (Projected(8), Projected(4)), [(T, 3), (T, 3)], {"sum_of_products": 3, "mm": 3 + 2, "stacked": 1},
+    ),
     "galore on the left": (lambda: (Projected(8, 3, right=False),), [(T, IN)], {"sum_of_products": 3, "mm": 1 + 2}),
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ LIBRARY = torch.library.Library("lrcompile_kernels", "FRAGMENT")
 
 LIBRARY.define("sum_of_products(Tensor[] xs, Tensor[] Ms, Tensor? bias, Tensor? scale=None) -> Tensor")
 LIBRARY.define("factor_gradients(Tensor dy, Tensor B, Tensor S, Tensor? scale=None) -> (Tensor, Tensor)")
-LIBRARY.define("cast_product(Tensor x, Tensor M, ScalarType dtype) -> Tensor")
+LIBRARY.define("cast_product(Tensor x, Tensor M, ScalarType dtype, Tensor? scale=None) -> Tensor")
 
 
 def scaled(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -145,20 +145,23 @@ def _(dy: Any, B: Any, S: Any, scale: Any = None, *, out_shape: Any = None, **_:
 
 
 @torch.library.impl(LIBRARY, "cast_product", "CompositeExplicitAutograd")
-def cast_product(x: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
-    """x·M in x's dtype, or rounded to `dtype` once more: x `[rows, k]`, M `[k, columns]` of any dtype.
+def cast_product(x: Tensor, M: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """x·M in x's dtype, or s·x·M in `dtype`: x `[rows, k]`, M `[k, columns]` of any dtype, s `scale`.
 
     One operation, because a compiler makes a kernel of its own for each shape of factor that is cast beside a product:
     on a CPU a file of C++, most of what compiling the adapters would take.
     """
-    return (x @ M.to(x.dtype)).to(dtype)
+    product = x @ M.to(x.dtype)
+    if scale is not None and product.dtype == dtype:
+        return product.mul_(scale)
+    return scaled(product, scale, dtype)
 
 
 @torch.library.register_fake("lrcompile_kernels::cast_product", lib=LIBRARY)
-def _(x: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, M: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], M.shape[1], dtype=dtype)
 
 
 @register_flop_formula(torch.ops.lrcompile_kernels.cast_product)
-def _(x: Any, M: Any, dtype: Any, *, out_shape: Any = None, **_: Any) -> int:
+def _(x: Any, M: Any, dtype: Any, scale: Any = None, *, out_shape: Any = None, **_: Any) -> int:
     return 2 * x[0] * x[1] * M[1]

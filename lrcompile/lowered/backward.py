@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
+from lrcompile.kernels.lora_group import assembling as assembling
 from lrcompile.kernels.lora_group import ops as ops
-from lrcompile.kernels.lora_linear.ops import scaled
 from lrcompile.lowered.bases import BACKWARD, Quantized
+from lrcompile.lowered.diagonals import formed, through_diagonals
 from lrcompile.lowered.forward import product, stack
 from lrcompile.lowered.members import Wanted
 from lrcompile.lowered.operands import Operands
@@ -25,7 +26,8 @@ def gradients(
 ) -> tuple[Tensor | None, Operands]:
     """dx and the gradients of the operands, None for those that are not wanted."""
     members = len(dys)
-    given = replace(given, Bs=_apart(given.Bs), As=_apart(given.As))
+    kept = replace(given, Bs=_apart(given.Bs), As=_apart(given.As))
+    given = formed(kept, BACKWARD)
     found = Operands(
         [[None] * len(held) for held in given.held],
         [dy.sum(0) if wants else None for dy, wants in zip(dys, wanted.each.biases, strict=True)],
@@ -38,7 +40,7 @@ def gradients(
     _of_A(wanted, given, x, dS, found)
     _through_weights(wanted, given, x, dys, found)
     dx = _of_x(wanted, given, Ms, dS, dys) if wanted.x else None
-    return dx, found
+    return dx, through_diagonals(kept, wanted.each, found)
 
 
 def _apart(factors: Maybe) -> list[Tensor | None]:
@@ -48,12 +50,16 @@ def _apart(factors: Maybe) -> list[Tensor | None]:
     return [None if factor is None else factor.view(factor.shape) for factor in factors]
 
 
+def _added(parts: Sequence[Tensor]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 else torch.ops.lrcompile_kernels.added(parts) if parts else None
+
+
 def _through_expands(
     wanted: Wanted, given: Operands, S: Sequence[Any], dys: Sequence[Tensor], found: Operands
 ) -> list[Any]:
     """dS of each code, and dB of each member, as far as a gradient needs them; both from one reading of dy."""
     members = wanted.group.members
-    wants_dB = [wanted.each.Bs[i] and not each.order.by_weight for i, each in enumerate(members)]
+    wants_dB = [wanted.B(i) and not each.order.by_weight for i, each in enumerate(members)]
     wants_dS = [wanted.dS(each.code) for each in members]
     both = [i for i in range(len(members)) if wants_dS[i] and wants_dB[i]]
     parts = {
@@ -62,7 +68,7 @@ def _through_expands(
     }  # fmt: skip
     for i in range(len(members)):
         if wants_dB[i] and i not in both:
-            found.Bs[i] = _times(dys[i].t() @ S[members[i].code], given.scales[i])
+            found.Bs[i] = _scaled_product(dys[i].t(), S[members[i].code], given.scales[i])
     together = [[each[i] for i in both] for each in (dys, given.Bs, [S[each.code] for each in members], given.scales)]
     if len(both) > 1:
         ours, theirs = torch.ops.lrcompile_kernels.group_gradients(*together)
@@ -73,11 +79,7 @@ def _through_expands(
     for i, dB in zip(both, theirs, strict=True):
         found.Bs[i] = dB
 
-    dS: list[Any] = [None] * wanted.group.codes
-    for i, part in sorted(parts.items()):
-        code = members[i].code
-        dS[code] = part if dS[code] is None else dS[code] + part
-    return dS
+    return [_added([parts[i] for i in wanted.group.readers(code) if i in parts]) for code in range(wanted.group.codes)]
 
 
 def _of_A(wanted: Wanted, given: Operands, x: Any, dS: Sequence[Any], found: Operands) -> None:
@@ -86,15 +88,15 @@ def _of_A(wanted: Wanted, given: Operands, x: Any, dS: Sequence[Any], found: Ope
     trained = [code for code in range(group.codes) if wanted.dA_by_codes(code)]
     plain = [code for code in trained if not group.drops[code]]
     if plain:
-        dtypes = {wanted.dtypes.As[code] for code in plain}
+        dtypes = {wanted.dtype(code) for code in plain}
         dtype = dtypes.pop() if len(dtypes) == 1 else x.dtype
-        together = product(stack([dS[code] for code in plain], 1).t(), x, dtype)
+        together = product(stack([dS[code] for code in plain], 1, BACKWARD).t(), x, dtype)
         for code, dA in zip(plain, together.split([dS[code].shape[1] for code in plain]), strict=True):
             found.As[code] = dA
     for code in trained:
         if group.drops[code]:
             dropped = _drop(x, given.seeds[code], group.drops[code])
-            found.As[code] = product(dS[code].t(), dropped, wanted.dtypes.As[code])
+            found.As[code] = product(dS[code].t(), dropped, wanted.dtype(code))
 
 
 def _through_weights(wanted: Wanted, given: Operands, x: Any, dys: Sequence[Tensor], found: Operands) -> None:
@@ -102,10 +104,10 @@ def _through_weights(wanted: Wanted, given: Operands, x: Any, dys: Sequence[Tens
     for i, (member, dy) in enumerate(zip(wanted.group.members, dys, strict=True)):
         if wanted.G(i):
             G = dy.t() @ x
-            if wanted.each.Bs[i]:
-                found.Bs[i] = _times(G @ given.As[member.code].to(dy.dtype).t(), given.scales[i])
-            if wanted.each.As[member.code]:
-                found.As[member.code] = scaled(given.Bs[i], given.scales[i], dy.dtype).t() @ G
+            if wanted.B(i):
+                found.Bs[i] = _scaled_product(G, given.As[member.code].t(), given.scales[i])
+            if wanted.A(member.code):
+                found.As[member.code] = _scaled_product(given.Bs[i].to(dy.dtype).t(), G, given.scales[i])
 
 
 def _of_x(wanted: Wanted, given: Operands, Ms: Maybe, dS: Sequence[Any], dys: Sequence[Tensor]) -> Tensor:
@@ -126,8 +128,8 @@ def _of_x(wanted: Wanted, given: Operands, Ms: Maybe, dS: Sequence[Any], dys: Se
     acting = [code for code in range(group.codes) if group.acts(code)]
     plain = [code for code in acting if not group.drops[code]]
     if plain:
-        xs = [*xs, stack([dS[code] for code in plain], 1)]
-        matrices = [*matrices, stack([given.As[code] for code in plain])]
+        xs = [*xs, stack([dS[code] for code in plain], 1, BACKWARD)]
+        matrices = [*matrices, stack([given.As[code] for code in plain], 0, BACKWARD)]
     others += [
         _drop(product(dS[code], given.As[code]), given.seeds[code], group.drops[code])
         for code in acting
@@ -143,9 +145,8 @@ def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return torch.ops.lrcompile_kernels.drop(x, seed, p, dropout_ops.BACKWARD)
 
 
-def _times(gradient: Tensor, scale: Tensor | None) -> Tensor:
-    """s·gradient, in the wider of the two dtypes."""
+def _scaled_product(x: Tensor, M: Tensor, scale: Tensor | None) -> Tensor:
+    """s·x·M, scaled in the wider of the two dtypes."""
     if scale is None:
-        return gradient
-    wide = torch.promote_types(gradient.dtype, scale.dtype)
-    return gradient.to(wide) * scale.to(wide)
+        return x @ M
+    return torch.ops.lrcompile_kernels.cast_product(x, M, torch.promote_types(x.dtype, scale.dtype), scale)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.kernels.dropout import ops as dropout_ops  # registers the leaf ops
+from lrcompile.kernels.lora_group import assembling as assembling
 from lrcompile.kernels.lora_group import ops as ops
 from lrcompile.kernels.lora_linear.ops import scaled
 from lrcompile.lowered.bases import FORWARD, Dense, Quantized
@@ -23,7 +24,7 @@ def codes(wanted: Wanted, given: Operands, x: Tensor) -> dict[int, Tensor]:
     S: dict[int, Tensor] = {}
     if plain:
         As = [given.As[code] for code in plain]
-        S = dict(zip(plain, product(x, stack(As).t()).split([A.shape[0] for A in As], 1), strict=True))
+        S = dict(zip(plain, product(x, stack(As, 0, FORWARD).t()).split([A.shape[0] for A in As], 1), strict=True))
     for code in found:
         if group.drops[code]:
             dropped = torch.ops.lrcompile_kernels.drop(x, given.seeds[code], group.drops[code], dropout_ops.FORWARD)
@@ -85,5 +86,5 @@ def product(x: Tensor, M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x @ M if M.dtype == dtype == x.dtype else torch.ops.lrcompile_kernels.cast_product(x, M, dtype)
 
 
-def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def stack(parts: Sequence[Tensor], dim: int, phase: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.ops.lrcompile_kernels.stacked(parts, dim, phase)

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lrcompile.lowered.backward import gradients
+from lrcompile.lowered.bases import FORWARD
+from lrcompile.lowered.diagonals import formed
 from lrcompile.lowered.forward import codes, merged, outputs
 from lrcompile.lowered.members import Group, Wanted
 
@@ -50,12 +52,13 @@ class _Group(torch.autograd.Function):
         given = group.split(operands)
         dtypes = group.split([None if each is None else each.dtype for each in operands])
         wanted = Wanted(group, ctx.needs_input_grad[1], group.split(ctx.needs_input_grad[2:]), dtypes)
-        S = codes(wanted, given, x)
-        Ms = merged(group, given, x.dtype)
-        ys = outputs(group, given, x, S, Ms)
+        acting = formed(given, FORWARD)
+        S = codes(wanted, acting, x)
+        Ms = merged(group, acting, x.dtype)
+        ys = outputs(group, acting, x, S, Ms)
 
         ctx.wanted = wanted
-        reads_x = any(wanted.each.As) or any(map(wanted.G, range(len(group.members))))
+        reads_x = any(map(wanted.A, range(group.codes))) or any(map(wanted.G, range(len(group.members))))
         ctx.save_for_backward(
             x if reads_x else None,
             *(S[code] if wanted.S(code) else None for code in range(group.codes)),

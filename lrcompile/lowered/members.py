@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
+
+import torch
 
 from lrcompile.lowered.bases import Base, Dense
 from lrcompile.lowered.contractions import Order
@@ -76,20 +79,35 @@ class Wanted:
     each: Operands
     dtypes: Operands
 
+    def A(self, code: int) -> bool:
+        return self._factor(code)
+
+    def B(self, member: int) -> bool:
+        return self._factor(self.group.codes + member)
+
+    def _factor(self, index: int) -> bool:
+        """Is the gradient of a factor with its diagonals wanted, by itself or by one of them?"""
+        return any(each[index] for each in (self.each.factors, self.each.rows, self.each.columns))
+
+    def dtype(self, code: int) -> torch.dtype:
+        """Of A as it acts."""
+        given = (each[code] for each in (self.dtypes.As, self.dtypes.rows, self.dtypes.columns))
+        return reduce(torch.promote_types, (each for each in given if each is not None))
+
     def S(self, code: int) -> bool:
         """Is a product with S to come?"""
         readers = self.group.readers(code)
-        return any(self.each.Bs[i] and not self.group.members[i].order.by_weight for i in readers)
+        return any(self.B(i) and not self.group.members[i].order.by_weight for i in readers)
 
     def dS(self, code: int) -> bool:
         return (self.x and self.group.acts(code)) or self.dA_by_codes(code)
 
     def dA_by_codes(self, code: int) -> bool:
-        return self.each.As[code] and not self.group.members[self.group.readers(code)[0]].order.by_weight
+        return self.A(code) and not self.group.members[self.group.readers(code)[0]].order.by_weight
 
     def G(self, member: int) -> bool:
         of = self.group.members[member]
-        return of.order.by_weight and (self.each.Bs[member] or self.each.As[of.code])
+        return of.order.by_weight and (self.B(member) or self.A(of.code))
 
     def kept(self, given: Operands) -> Operands:
         """The operands that the backward pass reads."""
@@ -97,9 +115,13 @@ class Wanted:
         plain = [self.x and not each.order.merged for each in self.group.members]
         B = [self.dS(each.code) or self.G(i) for i, each in enumerate(self.group.members)]
         A = [
-            (self.x and self.group.acts(code)) or any(self.G(i) and self.each.Bs[i] for i in self.group.readers(code))
+            (self.x and self.group.acts(code)) or any(self.G(i) and self.B(i) for i in self.group.readers(code))
             for code in codes
         ]
+        reads = [*A, *B]
+        for index, (rows, columns) in enumerate(zip(given.rows, given.columns, strict=True)):
+            reads[index] |= self._factor(index) and not rows is columns is None
+        A, B = reads[: self.group.codes], reads[self.group.codes :]
         return Operands(
             [given.held[i] if plain[i] else [None] * len(given.held[i]) for i in members],
             [None] * len(members),
@@ -107,4 +129,6 @@ class Wanted:
             given.scales,
             [given.As[code] if A[code] else None for code in codes],
             given.seeds,
+            [each if read else None for each, read in zip(given.rows, reads, strict=True)],
+            [each if read else None for each, read in zip(given.columns, reads, strict=True)],
         )

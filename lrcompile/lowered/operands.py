@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class Operands:
-    """Of each member: held, biases, Bs, scales. Of each code: As, seeds. An entry of something else, such as a
-    gradient, a dtype or whether one is wanted, stands where its tensor would.
+    """Of each member: held, biases, Bs, scales. Of each code: As, seeds. Of every A and then every B: the diagonals
+    rows and columns that it is between, None for none. An entry of something else, such as a gradient, a dtype or
+    whether one is wanted, stands where its tensor would.
     """
 
     held: list[list[Any]]
@@ -19,10 +20,23 @@ class Operands:
     scales: list[Any]
     As: list[Any]
     seeds: list[Any]
+    rows: list[Any] = field(default_factory=list)
+    columns: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or [None] * len(self.factors)
+        self.columns = self.columns or [None] * len(self.factors)
+
+    @property
+    def factors(self) -> list[Any]:
+        """Every A and then every B, as it is between its diagonals."""
+        return [*self.As, *self.Bs]
 
     def flat(self) -> list[Any]:
         held = [each for tensors in self.held for each in tensors]
-        return [*held, *self.biases, *self.Bs, *self.scales, *self.As, *self.seeds]
+        return [
+            *held, *self.biases, *self.Bs, *self.scales, *self.As, *self.seeds, *self.rows, *self.columns
+        ]  # fmt: skip
 
     @classmethod
     def split(cls, flat: Sequence[Any], sizes: Sequence[int], codes: int) -> Operands:
@@ -35,4 +49,5 @@ class Operands:
 
         held = [take(size) for size in sizes]
         members = len(sizes)
-        return cls(held, take(members), take(members), take(members), take(codes), take(codes))
+        each = [take(members) for _ in range(3)] + [take(codes) for _ in range(2)]
+        return cls(held, *each, take(codes + members), take(codes + members))
