@@ -84,8 +84,9 @@ def _site(node: fx.Node, places: Places) -> _Site | str:
         return "tensors or modes may change between the base and the adapter"
     if calls(node, PROJECT):
         _, _, Z, P, right = node.args
-        A, B = (Factor(P), Factor(Z)) if right else (Factor(Z), Factor(P))  # type: ignore[arg-type]
-        return _Site(node, linear, "right" if right else "left", A, B, None)
+        if right:
+            return _Site(node, linear, "right", Factor(P), Factor(Z), None)  # type: ignore[arg-type]
+        return _Site(node, linear, "left", Factor(Z), Factor(P), None)  # type: ignore[arg-type]
     p, seed = (node.target.p, node.args[5]) if isinstance(node.target, ReplayedLora) else (0.0, None)
     A, B, scale = node.args[2:5]
     if seed is None and (active := dropout_of(node)):
@@ -94,8 +95,8 @@ def _site(node: fx.Node, places: Places) -> _Site | str:
         return "its factors are a stack"
     if trains(scale):  # type: ignore[arg-type]
         return "its scale trains"
-    pair = [factor_at(each, node, places) for each in (A, B)]  # type: ignore[arg-type]
-    return _Site(node, linear, "pair", *pair, scale, p, seed)  # type: ignore[arg-type]
+    first, second = (factor_at(each, node, places) for each in (A, B))  # type: ignore[arg-type]
+    return _Site(node, linear, "pair", first, second, scale, p, seed)  # type: ignore[arg-type]
 
 
 def _grouped(places: Places, sites: Sequence[_Site]) -> list[list[_Site]]:

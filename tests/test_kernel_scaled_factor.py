@@ -21,7 +21,8 @@ SCALE = torch.tensor(0.7)
 
 
 def drawn(n: int, m: int, dtypes: tuple[torch.dtype, ...], given: str = "both") -> tuple[Tensor, Any, Any]:
-    factor, rows, columns = (torch.randn(size).to(dtype) for size, dtype in zip(((n, m), n, m), dtypes, strict=True))
+    sizes = ((n, m), (n,), (m,))
+    factor, rows, columns = (torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True))
     return factor, None if given == "columns" else rows, None if given == "rows" else columns
 
 
@@ -36,8 +37,8 @@ def eps(*tensors: Tensor | None) -> float:
 def test_the_product_and_every_gradient_are_within_rounding_of_float64(dtype, n, m, given, scale):
     factor, rows, columns = drawn(n, m, (dtype,) * 3, given)
     gradient = torch.randn(n, m).to(dtype)
-    exact = [None if each is None else each.double().requires_grad_() for each in (factor, rows, columns)]
-    product = scaled_factor(*exact, scale)
+    exact: list[Any] = [None if each is None else each.double().requires_grad_() for each in (factor, rows, columns)]
+    product = scaled_factor(exact[0], exact[1], exact[2], scale)
     wanted = [each for each in exact[1:] if each is not None]
     true = torch.autograd.grad(product, wanted, gradient.double())
 
@@ -45,9 +46,9 @@ def test_the_product_and_every_gradient_are_within_rounding_of_float64(dtype, n,
     found = OPS.scaled_factor(factor, rows, columns, scale, ops.FORWARD)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), product.detach(), rtol=max(eps(factor) / 2, 4 * single) + single, atol=0)
-    magnitudes = [None if each is None else each.detach().abs().requires_grad_() for each in exact]
+    magnitudes: list[Any] = [None if each is None else each.detach().abs().requires_grad_() for each in exact]
     sizes = torch.autograd.grad(
-        scaled_factor(*magnitudes, scale),
+        scaled_factor(magnitudes[0], magnitudes[1], magnitudes[2], scale),
         [each for each in magnitudes[1:] if each is not None],
         gradient.double().abs(),
     )

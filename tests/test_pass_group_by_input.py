@@ -459,9 +459,10 @@ class Between(Map):
             self.register_parameter(name, nn.Parameter(torch.rand(*sizes[name], dtype=torch.float64) + 0.5))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self.A, self.B
+        A: Any = self.A
+        B: Any = self.B
         if "rB" in self.of and "Bc" in self.of:
-            B = (self.rB * self.Bc) * B  # as VeRA forms it
+            B = (self.get_parameter("rB") * self.get_parameter("Bc")) * B  # as VeRA forms it
         elif set(self.of) & {"rB", "Bc"}:
             B = B * self.get_parameter(next(name for name in self.of if "B" in name))
         for name in self.of:
@@ -484,7 +485,7 @@ def test_factors_between_diagonals_are_formed_within_the_node(of, frozen_factors
 
 @pytest.mark.parametrize("size", [(1, 3), (6, 1), (1, 1)])
 def test_a_factor_of_one_row_or_column_is_between_its_diagonals_all_the_same(size):
-    net, x = Net(every, Between(*size, "rB Bc")), lead(2, 3)
+    net, x = Net(every, Between(size[0], size[1], "rB Bc")), lead(2, 3)
     ((graph,), _) = rewritten(net, x)
     assert len(targets(graph)) == 2
     same_function(net, x)
@@ -503,7 +504,7 @@ def by_a_full_matrix(net: Map) -> Tensor:
 
 
 def by_a_number_that_is_a_tensor(net: Map) -> Tensor:
-    return net.B * net.scale
+    return net.B * net.get_buffer("scale")
 
 
 @pytest.mark.parametrize("B", [by_a_number, by_two_vectors_of_one_kind, by_a_full_matrix, by_a_number_that_is_a_tensor])

@@ -49,5 +49,5 @@ class Operands:
 
         held = [take(size) for size in sizes]
         members = len(sizes)
-        each = [take(members) for _ in range(3)] + [take(codes) for _ in range(2)]
-        return cls(held, *each, take(codes + members), take(codes + members))
+        sizes = (members, members, members, codes, codes, codes + members, codes + members)
+        return cls(held, *map(take, sizes))
