@@ -7,18 +7,20 @@ from typing import Any
 import torch
 import transformers
 
-TOKENS = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def sizes(layers: int) -> dict[str, int]:
+def sizes(layers: int) -> dict[str, Any]:
     return {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def small(family: str, layers: int) -> Any:
     """The same weights every time."""
+    config: Any
     torch.manual_seed(0)
     if family == "bert":
-        config = transformers.BertConfig(**TOKENS, **sizes(layers), max_position_embeddings=40, num_labels=5)
+        more: dict[str, Any] = {"max_position_embeddings": 40, "num_labels": 5}
+        config = transformers.BertConfig(**TOKENS, **sizes(layers), **more)
         return transformers.BertForSequenceClassification(config)
     if family == "llama":
         config = transformers.LlamaConfig(**TOKENS, **sizes(layers), num_key_value_heads=2)
