@@ -20,7 +20,7 @@ from lrcompile.demo.tiny import write_tiny_bert
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("### Goldens of your")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("### Goldens of your")[1].split("\n##")[0]
 
 
 def block(language: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 SET = "a field of the method's own (see: lrcompile methods NAME), its value as in YAML; may be repeated"
 MODEL = "a local folder, package:NAME of an installed package, or a hub id (the only one that may use the network)"
