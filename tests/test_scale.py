@@ -204,14 +204,22 @@ SCENES: list[Callable[[int, Path], Counted]] = [
 ]  # fmt: skip
 
 
+def uneven(scene: Callable[[int, Path], Counted], folder: Path) -> dict[str, tuple[int, int]]:
+    """Lines that the second and the third size add to the one before, where these differ."""
+    small, middle, large = (
+        {name: lines(operation) for name, operation in scene(layers, folder / str(layers))} for layers in SIZES
+    )
+    steps = {name: (middle[name] - small[name], large[name] - middle[name]) for name in small}
+    assert all(first > 0 for first, _ in steps.values())
+    return {name: step for name, step in steps.items() if abs(step[1] - step[0]) > SHARE * step[0]}
+
+
 @pytest.mark.parametrize("scene", SCENES, ids=[scene.__name__ for scene in SCENES])
 def test_twice_the_sites_take_twice_the_work_and_no_more(scene, tmp_path):
     for _, operation in scene(1, tmp_path / "first"):
         operation()  # what is done once only
-    small, middle, large = (
-        {name: lines(operation) for name, operation in scene(layers, tmp_path / str(layers))} for layers in SIZES
-    )
-    steps = {name: (middle[name] - small[name], large[name] - middle[name]) for name in small}
-    assert all(first > 0 for first, _ in steps.values())
-    faster = {name: step for name, step in steps.items() if abs(step[1] - step[0]) > SHARE * step[0]}
-    assert not faster, "lines of Python that the second and third size add to the one before"
+    found = uneven(scene, tmp_path)
+    if found:  # what a process does once, a cache that is filled, falls into one count and not into the next
+        again = uneven(scene, tmp_path / "again")
+        found = {name: (step, again[name]) for name, step in found.items() if name in again}
+    assert not found
