@@ -42,17 +42,20 @@ class Export:
     def verify(self, inputs: Any = None) -> Verdict:
         """max |y − y64| ≤ r·D: the file against float64 of the model, on `inputs` or else on the example inputs.
 
-        For a copy that `quantize=` stored as NF4 the reference is the model with the same quantized weights.
+        For a copy that `quantize=` stored as NF4 the reference is the model with the same quantized weights, and the
+        verdict's note says what these leave of an adapter's effect.
         """
         import lrcompile
-        from lrcompile.verifying.requantized import requantized
+        from lrcompile.verifying.requantized import requantized, taken_by_codes
 
         inputs = self._inputs if inputs is None else inputs
-        model = self._model
+        model, note = self._model, None
         if self.manifest["quantize"]:
             model = requantized(model, self.manifest["nf4"], self.manifest["adapters"]["form"] == "merge")
+            note = taken_by_codes(self._model, model, inputs)
         with deployable(model):
-            return lrcompile.verify(model, self.path, inputs)
+            verdict = lrcompile.verify(model, self.path, inputs)
+        return verdict if note is None else replace(verdict, note="; ".join(filter(None, [verdict.note, note])))
 
     def for_genai(self, tokenizer: Any = None) -> Path:
         """Write `genai_config.json`, and the files of a `transformers` tokenizer, beside a decoder exported with

@@ -30,11 +30,13 @@ class Observed:
         Padding does not count (of a batch with an `attention_mask` only the tokens it keeps), nor does a key-value
         cache, which says of the layers what the other outputs say of the model.
         """
-        with undisturbed(self.model, 0), torch.no_grad():
+        with undisturbed(self.model, 0):
             set_mode(self.model, False)
             for index, batch in enumerate(shown(self.batches, label, len(self.batches))):
                 kept = kept_tokens(batch)
-                for name, value in named_outputs(run(self.model, batch, index)).items():
+                with torch.no_grad():  # of what runs here, not of whoever takes the outputs
+                    found = named_outputs(run(self.model, batch, index))
+                for name, value in found.items():
                     if value.is_floating_point() and not name.startswith(_CACHE):
                         counts = kept is not None and value.shape[: kept.dim()] == kept.shape
                         yield (value[kept] if counts else value).detach().cpu().flatten()

@@ -1,15 +1,21 @@
-"""The eager twin of an export that stored weights as NF4: the same model, each stored weight at its quantized value."""
+"""The eager twin of an export that stored weights as NF4: the same model, each stored weight at its quantized value;
+and what that leaves of an adapter's effect.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.effects import effect_on_outputs
 from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
+from lrcompile.observing import Observed
+from lrcompile.state import acting
 
 
 def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size: int = 64) -> nn.Module:
@@ -23,3 +29,17 @@ def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size
             stored = quantize_nf4(weight, block_size)
             weight.copy_(dequantize_nf4(stored, tuple(weight.shape), block_size, weight.dtype))
     return twin
+
+
+def taken_by_codes(model: nn.Module, twin: nn.Module, inputs: Any) -> str | None:
+    """What the twin's outputs y' keep of what active adapters change, y − y₀, in words; None where none is active."""
+    if not acting(model):
+        return None
+    of_model = Observed(model, [inputs])
+    with lrcompile.disabled(model):
+        before = list(of_model.outputs())
+    kept = effect_on_outputs(before, list(of_model.outputs()), Observed(twin, [inputs]).outputs())
+    return (
+        f"storing weights as NF4 leaves {kept.share:.3f} of what the adapter does to the outputs, at a distance of"
+        f" {kept.error:.2e} of it (cosine {kept.cosine:.3f})"
+    )
