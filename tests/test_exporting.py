@@ -378,7 +378,7 @@ def test_an_aotinductor_package_computes_the_same(tmp_path, on_nf4, quantized):
     exported = lrcompile.export(model, tmp_path / "m.pt2", (_x(1),))
     assert _same(before, _state(model))
     assert exported.verify((_x(9),)).ok
-    assert json.loads((tmp_path / "m.manifest.json").read_text())["format"] == "pt2"
+    assert json.loads((tmp_path / "m.pt2.manifest.json").read_text())["format"] == "pt2"
 
 
 def test_an_export_is_frozen_and_keeps_the_callers_model(tmp_path):
