@@ -6,10 +6,8 @@ The training passes rewrite the graph that Dynamo captured, and the bodies of ch
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,21 +53,8 @@ def lrcompile(
             if result.modified:
                 log.info("%s rewrote %d", each, result.count)
     added = constants(graph)
-    with _uncollected():
-        compiled = _inner(inner, mode, options)(graph, [*example_inputs, *(each.example for each in added)])
+    compiled = _inner(inner, mode, options)(graph, [*example_inputs, *(each.example for each in added)])
     return WithConstants(compiled, added) if added else compiled
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No collection of cycles: what a compiler makes lives until it is done, and each collection would visit it all."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _inner(name: str | Compiled, mode: str | None, options: dict[str, Any]) -> Compiled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,27 +166,3 @@ def test_every_pass_of_the_pipeline_is_of_its_stage_and_in_the_registry():
         str(train()) == "hoist-constants,stack-adapters,replay-dropout,lower-experts,lower-gains,group-by-input,"
         "order-contractions"
     )
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_cycles_are_collected_while_a_compiler_works_and_then_as_before(enabled):
-    found = []
-
-    def inner(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(gc.isenabled())
-        if len(found) == 2:
-            raise RuntimeError("cannot be compiled")
-        return graph.forward
-
-    before = gc.isenabled()
-    try:
-        (gc.enable if enabled else gc.disable)()
-        compiled(Net(), options={"inner": inner})(torch.randn(5, IN))
-        assert gc.isenabled() == enabled
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match="cannot be compiled"):
-            compiled(Net(), options={"inner": inner})(torch.randn(5, IN))
-        assert gc.isenabled() == enabled
-    finally:
-        (gc.enable if before else gc.disable)()
-    assert found == [False, False]
