@@ -58,9 +58,10 @@ def test_a_case_holds_as_recorded_through_its_passes_and_merged(name: str) -> No
         assert verdict.bound_ratio < 4, "far from the limit of 16: correct arithmetic in another order"
 
 
-def test_a_case_holds_in_onnx_runtime() -> None:
+@pytest.mark.parametrize(("name", "form"), [("gpt2-rslora", "onnx"), ("bert-lora", "onnx-nf4")])
+def test_a_case_holds_in_onnx_runtime(name: str, form: str) -> None:
     """`make golden` has the others."""
-    holds_in("gpt2-rslora", "onnx")
+    holds_in(name, form)
 
 
 @pytest.mark.slow

@@ -61,3 +61,14 @@ def test_a_small_update_is_far_away_after_rounding_and_none_needs_no_words():
     assert float(found[1]) > 1
     with lrcompile.disabled(model):
         assert taken_by_codes(model, model, (X,)) is None
+
+
+def test_a_list_of_input_sets_counts_as_all_of_them(tmp_path: Path):
+    model = adapted(0.3)
+    twin = requantized(model, ["0", "2"], merged=True)
+    assert taken_by_codes(model, twin, [(X[:3],), (X[3:],)]) == taken_by_codes(model, twin, (X,))
+    assert taken_by_codes(model, twin, [{"input": X}]) == taken_by_codes(model, twin, (X,))
+    exported = lrcompile.export(model, tmp_path / "m.onnx", (X,), quantize="nf4")
+    verdict = exported.verify([(X[:3],), (X[3:],)])
+    assert verdict.ok, verdict
+    assert verdict.note is not None

@@ -16,6 +16,7 @@ from lrcompile.effects import effect_on_outputs
 from lrcompile.kernels.nf4_dequant import dequantize_nf4, quantize_nf4
 from lrcompile.observing import Observed
 from lrcompile.state import acting
+from lrcompile.verifying.outputs import input_sets
 
 
 def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size: int = 64) -> nn.Module:
@@ -32,13 +33,17 @@ def requantized(model: nn.Module, sites: Iterable[str], merged: bool, block_size
 
 
 def taken_by_codes(model: nn.Module, twin: nn.Module, inputs: Any) -> str | None:
-    """What the twin's outputs y' keep of what active adapters change, y − y₀, in words; None where none is active."""
+    """What the twin's outputs y' keep of what active adapters change, y − y₀, in words; None where none is active.
+
+    `inputs`: one set or a list of sets, as `lrcompile.verify` takes them.
+    """
     if not acting(model):
         return None
-    of_model = Observed(model, [inputs])
+    batches = input_sets(inputs)
+    of_model = Observed(model, batches)
     with lrcompile.disabled(model):
         before = list(of_model.outputs())
-    kept = effect_on_outputs(before, list(of_model.outputs()), Observed(twin, [inputs]).outputs())
+    kept = effect_on_outputs(before, list(of_model.outputs()), Observed(twin, batches).outputs())
     return (
         f"storing weights as NF4 leaves {kept.share:.3f} of what the adapter does to the outputs, at a distance of"
         f" {kept.error:.2e} of it (cosine {kept.cosine:.3f})"
