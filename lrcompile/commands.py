@@ -219,6 +219,10 @@ def _report(verdicts: list[Any], as_json: str | None, as_html: str | None) -> in
         write_page(verdicts, as_html)
     if not _wrote_json(found if len(found) > 1 else found[0], as_json):
         print("\n\n".join(map(str, verdicts)))
+        if len(verdicts) > 1:
+            lost = [str(verdict.name) for verdict in verdicts if not verdict.ok]
+            hold = f"{len(verdicts) - len(lost)} of {len(verdicts)} hold"
+            print("", f"{hold}; not {', '.join(lost)}" if lost else hold, sep="\n")
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 

@@ -24,7 +24,7 @@ from lrcompile.verifying.replay import working_dtype
 from lrcompile.wrapping import refuse_meta, refuse_wrapped
 
 if TYPE_CHECKING:
-    from lrcompile.verifying.verdict import Verdict
+    from lrcompile.verifying.verdict import Limits, Verdict
 
 SUFFIXES = (".onnx", ".pt2")
 _SESSION = {"graph_optimization_level": "all", "config": {"session.qdq_matmulnbits_accuracy_level": "0"}}
@@ -39,9 +39,10 @@ class Export:
     _model: nn.Module = field(repr=False, compare=False)
     _inputs: Any = field(repr=False, compare=False)
 
-    def verify(self, inputs: Any = None) -> Verdict:
+    def verify(self, inputs: Any = None, *, limits: Limits | None = None) -> Verdict:
         """max |y − y64| ≤ r·D: the file against float64 of the model, on `inputs` or else on the example inputs.
 
+        `limits` default to those of the manifest, which has room for a declared approximation.
         For a copy that `quantize=` stored as NF4 the reference is the model with the same quantized weights, and the
         verdict's note says what these leave of an adapter's effect.
         """
@@ -54,7 +55,7 @@ class Export:
             model = requantized(model, self.manifest["nf4"], self.manifest["adapters"]["form"] == "merge")
             note = taken_by_codes(self._model, model, inputs)
         with deployable(model):
-            verdict = lrcompile.verify(model, self.path, inputs)
+            verdict = lrcompile.verify(model, self.path, inputs, limits=limits)
         return verdict if note is None else replace(verdict, note="; ".join(filter(None, [verdict.note, note])))
 
     def for_genai(self, tokenizer: Any = None) -> Path:

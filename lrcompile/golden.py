@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,34 +177,47 @@ def _write(
     write_case(folder, case, tensors_of(model), data)
 
 
-def _check(
-    folder: Path, model: nn.Module | None, build: str | None, forms: Sequence[str] | None
-) -> list[Verdict]:
+def _check(folder: Path, model: nn.Module | None, build: str | None, forms: Sequence[str] | None) -> list[Verdict]:
     case = read_case(folder)
     limits = Limits.from_dict(case.limits)
     changed = changed_files(folder, case)
     if changed:
-        return [_failed(folder, limits, changed)]
+        return [_failed(str(folder), limits, changed)]
     weights, data = read_tensors(folder / WEIGHTS), read_tensors(folder / DATA)
     now = model if model is not None else _model(case, weights, build)
     sets, recorded = input_sets_of(folder, case, data), outputs_of(folder, case, data)
+    parts: dict[str, Callable[[], Verdict]] = {"": partial(_as_recorded, case, now, weights, sets, recorded, limits)}
+    if case.pipeline is not None:
+        parts[f" through {case.pipeline}"] = partial(_through_passes, now, sets, case.pipeline, limits)
+    for form in case.forms if forms is None else [each for each in case.forms if each in forms]:
+        parts[f" as {form}"] = partial(through, form, now, sets, limits)
+    return [_judged(f"{folder}{part}", judge, limits) for part, judge in parts.items()]
+
+
+def _judged(name: str, judge: Callable[[], Verdict], limits: Limits) -> Verdict:
     try:
-        verdict = verify(now, {"recorded": RecordedRunner(recorded), "now": now}, sets, limits=limits)
-        verdicts = [dataclasses.replace(verdict, name=str(folder), note=_note(case, now, weights, verdict))]
-        if case.pipeline is not None:
-            verdicts.append(_through_passes(folder, now, sets, case.pipeline, limits))
-        for form in case.forms if forms is None else [each for each in case.forms if each in forms]:
-            verdicts.append(dataclasses.replace(through(form, now, sets, limits), name=f"{folder} as {form}"))
+        return dataclasses.replace(judge(), name=name)
     except LrcompileError as error:
-        return [_failed(folder, limits, [f"it cannot be compared: {error}"])]
-    return verdicts
+        return _failed(name, limits, [f"it cannot be compared: {error}"])
+
+
+def _as_recorded(
+    case: Case,
+    now: nn.Module,
+    weights: dict[str, Tensor],
+    sets: list[Inputs],
+    recorded: list[dict[str, Tensor]],
+    limits: Limits,
+) -> Verdict:
+    verdict = verify(now, {"recorded": RecordedRunner(recorded), "now": now}, sets, limits=limits)
+    return dataclasses.replace(verdict, note=_note(case, now, weights, verdict))
 
 
 def _model(case: Case, weights: dict[str, Tensor], build: str | None) -> nn.Module:
     return rebuild(case, weights) if build is None else furnish(built(build), case, weights)
 
 
-def _through_passes(folder: Path, model: nn.Module, sets: list[Inputs], pipeline: str, limits: Limits) -> Verdict:
+def _through_passes(model: nn.Module, sets: list[Inputs], pipeline: str, limits: Limits) -> Verdict:
     """The captured model after the passes, held to the limits of the case: what an approximate pass may cost is theirs
     to say (`declared_error`).
     """
@@ -213,8 +227,7 @@ def _through_passes(folder: Path, model: nn.Module, sets: list[Inputs], pipeline
 
     program = Program(capture(model, sets[0]).program, model)
     passes.parse(pipeline).run(program)
-    verdict = verify(model, program.module(), sets, limits=limits)
-    return dataclasses.replace(verdict, name=f"{folder} through {pipeline}")
+    return verify(model, program.module(), sets, limits=limits)
 
 
 def _note(case: Case, now: nn.Module, weights: dict[str, Tensor], verdict: Verdict) -> str | None:
@@ -233,7 +246,7 @@ def _note(case: Case, now: nn.Module, weights: dict[str, Tensor], verdict: Verdi
     return "; ".join([*notes, *([verdict.note] if verdict.note else [])]) or None
 
 
-def _failed(folder: Path, limits: Limits, reasons: list[str]) -> Verdict:
+def _failed(name: str, limits: Limits, reasons: list[str]) -> Verdict:
     return Verdict(
         ok=False,
         bound_ratio=float("inf"),
@@ -244,7 +257,7 @@ def _failed(folder: Path, limits: Limits, reasons: list[str]) -> Verdict:
         outputs=(),
         limits=limits,
         failures=tuple(reasons),
-        name=str(folder),
+        name=name,
     )
 
 

@@ -386,9 +386,16 @@ def test_golden_records_checks_and_updates(run: Run, tiny: Path, tmp_path: Path)
     code, _, err = run("golden", "record", case, tiny, "--reason", "a test", "--text", "abc")
     assert code == 0, err
     assert run("golden", "check", tmp_path / "cases")[0] == 0
+    code, out, err = run("golden", "record", tmp_path / "cases" / "two", tiny, "--reason", "a test", "--text", "def")
+    assert code == 0, err
+    assert run("golden", "check", tmp_path / "cases")[1].endswith("\n2 of 2 hold\n")
     assert run("golden", "update", case, "--reason", "another test")[0] == 0
     (manifest,) = case.glob("*.json")
     assert "another test" in manifest.read_text()
+    (case / "data.safetensors").write_bytes(b"something else")
+    code, out, err = run("golden", "check", tmp_path / "cases")
+    assert code == 1, err
+    assert out.endswith(f"\n1 of 2 hold; not {case}\n")
 
 
 # interruption

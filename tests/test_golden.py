@@ -369,3 +369,31 @@ def test_checking_changes_nothing_of_the_model(case: Path) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_each_form_is_held_to_the_limits_of_the_case(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model, strict = mlp(), Limits(bound_ratio=1e-9)
+    golden.record(tmp_path, model, (torch.randn(4, 5),), reason="nothing is so exact", forms=["onnx"], limits=strict)
+    _, written = golden.check(tmp_path, model)
+    assert not written.ok
+    assert written.limits == strict
+
+
+def test_a_form_that_cannot_be_made_fails_alone(tmp_path: Path) -> None:
+    """Of a model that takes a branch by its data there is no graph."""
+    pytest.importorskip("onnxruntime")
+    model = adapted(nn.Sequential(nn.Linear(5, 5), Forked(5, 3)), targets=["0"])
+    golden.record(tmp_path, model, (torch.randn(4, 5),), reason="has no graph", forms=["merged", "onnx"])
+    recorded, merged, written = golden.check(tmp_path, model)
+    assert recorded.ok
+    assert recorded.name == str(tmp_path)
+    assert merged.ok
+    assert not written.ok
+    assert written.name == f"{tmp_path} as onnx"
+    assert "cannot be compared" in str(written)
+
+
+class Forked(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.sum() > 0 else -super().forward(x)

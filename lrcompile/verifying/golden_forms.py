@@ -51,7 +51,8 @@ def through(form: str, model: nn.Module, inputs: list[Inputs], limits: Limits) -
         return lrcompile.verify(model, merged, inputs, limits=limits)
     suffix, options = _EXPORTS[form]
     with tempfile.TemporaryDirectory() as folder:
-        return lrcompile.export(model, Path(folder, f"model{suffix}"), inputs[0], **options).verify(inputs)
+        exported = lrcompile.export(model, Path(folder, f"model{suffix}"), inputs[0], **options)
+        return exported.verify(inputs, limits=limits)
 
 
 def _holds_nf4(model: nn.Module) -> bool:
