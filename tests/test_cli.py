@@ -420,6 +420,8 @@ def test_control_c_during_training_leaves_nothing_and_exits_130(tiny: Path, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background ignores Control-C, and so would whatever it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 120
     while not list(tmp_path.glob(".out.*/base/classifier.json")) and time.monotonic() < end:
