@@ -1,4 +1,4 @@
-"""lower-gains: gain(y, m/n, c) = (y − c) ⊙ m/n + c, the gradient of m from one operation."""
+"""lower-gains: gain(y, m/n, c) = (y − c) ⊙ m/n + c, the gradients of y and m from one operation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lrcompile.passes.nodes import GAIN
 
 @dataclass(frozen=True)
 class LowerGains(Pass[fx.GraphModule]):
-    """gain(y, m/n, c) = (y − c) ⊙ m/n + c, with ∂m = Σ ∂y' ⊙ (y − c)/n from one operation.
+    """gain(y, m/n, c) = (y − c) ⊙ m/n + c, with ∂y = ∂y' ⊙ m/n and ∂m = Σ ∂y' ⊙ (y − c)/n from one operation.
 
-    On a CPU, where a compiler would write out whatever makes ∂y' once more for that sum. The rest stays open to be
-    fused with what is around it. Refuses where g does not train, or the part c does or is no vector.
+    On a CPU, where a compiler would write out whatever makes ∂y' once more for each of them. The forward stays open to
+    be fused with what is around it. Refuses where g does not train, or the part c does or is no vector.
     """
 
     name: ClassVar[str] = "lower-gains"

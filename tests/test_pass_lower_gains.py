@@ -1,4 +1,4 @@
-"""A gain's gradient becomes one operation, and nothing more is kept or computed for it."""
+"""A gain's gradients become one operation, and nothing more is kept or computed for them."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_every_gain_is_lowered_once_and_values_and_gradients_are_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["m/n", "m/n with a bias"])
-def test_a_step_keeps_y_alone_and_sums_the_gradient_in_one_operation(name):
+def test_a_step_keeps_y_alone_and_forms_both_gradients_in_one_operation(name):
     found = step(Net(BODIES[name]), lead(), pipeline=PIPELINE)
     assert [shape for shape in found.shapes if T in shape] == [(2, T, OUT)]
-    assert found.counts() == {"mm": 2, "gain_gradient": 1}
+    assert found.counts() == {"mm": 2, "gain_gradients": 1}
     assert not [node for node in found.nodes() if node.target is torch.ops.aten.sum.dim_IntList]
 
 

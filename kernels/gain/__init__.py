@@ -1,1 +1,1 @@
-"""The gradient of a gain on the outputs of a map."""
+"""The gradients of a gain on the outputs of a map."""

@@ -1,7 +1,7 @@
-"""A gain on the outputs of a map, y' = (y − c) ⊙ g + c, whose gradient is one operation: ∂g = Σ dy' ⊙ (y − c).
+"""A gain on the outputs of a map, y' = (y − c) ⊙ g + c, whose gradients are one operation: dy = dy' ⊙ g and
+∂g = Σ dy' ⊙ (y − c).
 
-Everything else stays open to a compiler: y' to be fused with what follows, dy = dy' ⊙ g with what comes before. Nothing
-is kept but y.
+y' stays open to a compiler, to be fused with what follows. Nothing is kept but y.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ class _Gain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, m, n, kept = ctx.saved_tensors
-        wants_y, wants_m = ctx.needs_input_grad[:2]
-        g = _quotient(y, m, n)
-        dm = torch.ops.lrcompile_kernels.gain_gradient(dy, y, n, kept, m.dtype) if wants_m else None
-        return (dy.to(g.dtype) * g).to(y.dtype) if wants_y else None, dm, None, None
+        dy, dm = torch.ops.lrcompile_kernels.gain_gradients(dy, y, m, n, kept)
+        return dy, dm, None, None
 
 
 def _quotient(y: Tensor, m: Tensor, n: Tensor | None) -> Tensor:
