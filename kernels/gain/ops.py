@@ -29,10 +29,12 @@ def gain_gradients(dy: Tensor, y: Tensor, m: Tensor, n: Tensor | None, kept: Ten
     g = m.to(wide) if n is None else m.to(wide) / n.to(wide)
     c = torch.zeros_like(g) if kept is None else kept.to(wide)
     rows = [each.reshape(-1, y.shape[-1]).contiguous() for each in (dy, y)]
-    # The gradients of a normalization by the mean c, the variance 1 and the weight g: a kernel without a temporary.
-    ones, wanted = torch.ones_like(g), [True, True, False]
+    # The gradients of a normalization by the mean c, the variance 1 and the weight g: a kernel without a temporary. In
+    # 16 bits its dy is three times quicker than a product of two dtypes, in others the product is twice as quick.
+    ones, narrow = torch.ones_like(g), y.dtype != wide
+    wanted = [narrow, True, False]
     dx, dg, _ = torch.ops.aten.native_batch_norm_backward(*rows, g, c, ones, None, None, False, 0.0, wanted)
-    return dx.view(y.shape), (dg if n is None else dg / n).to(m.dtype)
+    return (dx.view(y.shape) if narrow else dy * g), (dg if n is None else dg / n).to(m.dtype)
 
 
 def _check(dy: Tensor, y: Tensor, m: Tensor, n: Tensor | None, kept: Tensor | None) -> None:
