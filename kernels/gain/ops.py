@@ -19,8 +19,8 @@ def gain_gradients(dy: Tensor, y: Tensor, m: Tensor, n: Tensor | None, kept: Ten
     """∂y = dy' ⊙ g and ∂m = Σ dy' ⊙ (y − c) / n `[out]` for g = m/n, the sum over all rows; n None for ones, c None for
     zeros.
 
-    dy' and y `[..., out]` of one dtype, m, n and c `kept` `[out]`. Computed in float32 or wider; ∂y is given in y's
-    dtype and ∂m in m's. RuntimeError where the shapes do not fit each other.
+    dy' and y `[..., out]` of one dtype, m, n and c `kept` `[out]`. Computed in float32 or wider; ∂y is contiguous, in
+    y's dtype, and ∂m in m's. RuntimeError where the shapes do not fit each other.
     """
     _check(dy, y, m, n, kept)
     if not y.numel():  # the kernel divides by the number of rows
@@ -34,7 +34,7 @@ def gain_gradients(dy: Tensor, y: Tensor, m: Tensor, n: Tensor | None, kept: Ten
     ones, narrow = torch.ones_like(g), y.dtype != wide
     wanted = [narrow, True, False]
     dx, dg, _ = torch.ops.aten.native_batch_norm_backward(*rows, g, c, ones, None, None, False, 0.0, wanted)
-    return (dx.view(y.shape) if narrow else dy * g), (dg if n is None else dg / n).to(m.dtype)
+    return (dx if narrow else rows[0] * g).view(y.shape), (dg if n is None else dg / n).to(m.dtype)
 
 
 def _check(dy: Tensor, y: Tensor, m: Tensor, n: Tensor | None, kept: Tensor | None) -> None:
